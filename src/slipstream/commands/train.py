@@ -1,0 +1,273 @@
+"""`slipstream grpo --config run.yaml`: one implementation for every trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Two runtimes share the cores when vLLM generates on the CPU: threads that spin while they wait take them from the
+# other one. OpenMP reads this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import yaml
+
+from slipstream.checks import known_names
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """What a run needs besides its trainer's configuration; names as in other command lines of the field."""
+
+    model_name_or_path: str = dataclasses.field(
+        default="", metadata={"help": "The model to train: a name or a folder."}
+    )
+    model_revision: str | None = dataclasses.field(default=None, metadata={"help": "Branch, tag or commit of it."})
+    dtype: str | None = dataclasses.field(default=None, metadata={"help": "Type of its weights (default: float32)."})
+    attn_implementation: str | None = dataclasses.field(default=None, metadata={"help": "Its attention code."})
+    dataset_name: str = dataclasses.field(
+        default="", metadata={"help": "A dataset's name, a folder with train.jsonl and test.jsonl, or a file."}
+    )
+    dataset_config: str | None = dataclasses.field(default=None, metadata={"help": "Its configuration."})
+    dataset_train_split: str = dataclasses.field(default="train", metadata={"help": "The split to train on."})
+    dataset_test_split: str = dataclasses.field(default="test", metadata={"help": "The split to evaluate on."})
+    reward_funcs: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "Names of slipstream.rewards, file.py:function, module.function, or reward models."},
+    )
+    use_peft: bool = dataclasses.field(default=False, metadata={"help": "Train a LoRA adapter."})
+    lora_r: int = dataclasses.field(default=16, metadata={"help": "Its rank."})
+    lora_alpha: int = dataclasses.field(default=32, metadata={"help": "Its scale."})
+    lora_dropout: float = dataclasses.field(default=0.05, metadata={"help": "Its dropout."})
+    lora_target_modules: list[str] | None = dataclasses.field(default=None, metadata={"help": "Modules it adapts."})
+
+
+def run(algorithm: str, config: Path | None, options: list[str], *, list_fields: bool, dry_run: bool) -> None:
+    """Train as `config` and the command line say, save the model, and report the held-out accuracy.
+
+    Raises:
+        SystemExit: a setting is wrong; the message says which and what is allowed.
+    """
+    trainer_class, config_class = _classes(algorithm)
+    if list_fields:
+        _print_fields(config_class)
+        return
+    try:
+        settings = read_settings(config, options)
+        run_config, args = parse_settings(settings, config_class)
+        rewards = [load_reward_function(name) for name in run_config.reward_funcs]
+        train, test = load_datasets(run_config, evaluates=args.eval_strategy != "no" or args.eval_on_start)
+    except (ValueError, NotImplementedError, FileNotFoundError) as error:
+        sys.exit(f"slipstream {algorithm}: {error}")
+    if dry_run:
+        print(f"{len(train)} training rows, {len(test) if test is not None else 0} test rows; settings are valid.")
+        return
+
+    trainer = trainer_class(
+        model=run_config.model_name_or_path,
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=train,
+        eval_dataset=test,
+        peft_config=_adapter(run_config),
+    )
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if test is not None and not _evaluated_last(trainer):
+        trainer.evaluate()
+    seconds = time.perf_counter() - started
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        _conclude(trainer, seconds, steps=trainer.state.global_step)
+    trainer.close()
+
+
+def _classes(algorithm: str) -> tuple[Any, Any]:
+    import slipstream
+
+    names = {"grpo": "GRPO"}
+    name = names[algorithm]
+    return getattr(slipstream, f"{name}Trainer"), getattr(slipstream, f"{name}Config")
+
+
+def read_settings(config: Path | None, options: list[str]) -> dict[str, Any]:
+    """The settings of the YAML file, overridden by `--field value` and `--field=value`."""
+    settings: dict[str, Any] = {}
+    if config is not None:
+        if not config.is_file():
+            raise FileNotFoundError(f"--config {config}: there is no such file.")
+        loaded = yaml.safe_load(config.read_text())
+        if not isinstance(loaded, dict):
+            raise ValueError(f"--config {config}: it must hold `field: value` lines, not a {type(loaded).__name__}.")
+        settings |= loaded
+    remaining = list(options)
+    while remaining:
+        name = remaining.pop(0)
+        if not name.startswith("--"):
+            raise ValueError(f"unexpected argument {name!r}: settings are given as `--field value`.")
+        name, given, text = name[2:].partition("=")
+        if not given:
+            # A flag without a value is true, as in `--bf16`.
+            text = remaining.pop(0) if remaining and not remaining[0].startswith("--") else "true"
+        settings[name.replace("-", "_")] = yaml.safe_load(text)
+    return settings
+
+
+def parse_settings(settings: dict[str, Any], config_class: Any) -> tuple[RunConfig, Any]:
+    """Split settings into the run's and the trainer's; numbers in YAML such as 1e-5 (a string there) are converted."""
+    run_fields = {f.name for f in dataclasses.fields(RunConfig)}
+    trainer_fields = {f.name: f for f in dataclasses.fields(config_class) if f.init}
+    known_names("settings", settings, [*run_fields, *trainer_fields])
+    own = {name: value for name, value in settings.items() if name in run_fields}
+    if isinstance(own.get("reward_funcs"), str):
+        own["reward_funcs"] = [own["reward_funcs"]]
+    run_config = RunConfig(**own)
+    for name in ("model_name_or_path", "dataset_name", "reward_funcs"):
+        if not getattr(run_config, name):
+            raise ValueError(f"{name} is missing: give it in the --config file or as --{name}.")
+    passed = {
+        name: _as_number(value, str(trainer_fields[name].type)) for name, value in settings.items() if name not in own
+    }
+    init = dict(passed.get("model_init_kwargs") or {})
+    for name, value in (
+        ("revision", run_config.model_revision),
+        ("dtype", run_config.dtype),
+        ("attn_implementation", run_config.attn_implementation),
+    ):
+        if value is not None:
+            init[name] = value
+    if init:
+        passed["model_init_kwargs"] = init
+    return run_config, config_class(**passed)
+
+
+def _as_number(value: Any, annotation: str) -> Any:
+    if isinstance(value, str) and "float" in annotation and "str" not in annotation:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def load_reward_function(name: str) -> Any:
+    """A reward function by its name, or the name itself when it is a model's.
+
+    `accuracy_reward` is one of `slipstream.rewards`; `path/to/file.py:function` and `package.module.function` are
+    yours; anything else is taken for a sequence-classification model.
+
+    Raises:
+        ValueError: the file or module has no such function.
+    """
+    from slipstream import rewards
+
+    if ".py:" in name:
+        path, _, function = name.rpartition(":")
+        if not Path(path).is_file():
+            raise ValueError(f"reward_funcs: {name!r}: there is no file {path}.")
+        spec = importlib.util.spec_from_file_location(f"slipstream_reward_{Path(path).stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not hasattr(module, function):
+            raise ValueError(f"reward_funcs: {name!r}: {path} has no function {function!r}.")
+        return getattr(module, function)
+    if name in rewards.__all__:
+        return getattr(rewards, name)
+    parent, _, function = name.rpartition(".")
+    if parent and "/" not in name and not Path(name).exists() and importlib.util.find_spec(parent.split(".")[0]):
+        module = importlib.import_module(parent)
+        if not hasattr(module, function):
+            raise ValueError(f"reward_funcs: {name!r}: module {parent} has no function {function!r}.")
+        return getattr(module, function)
+    if "/" not in name and not Path(name).exists():
+        known_names("reward function", [name], rewards.__all__)
+    return name
+
+
+def load_datasets(config: RunConfig, *, evaluates: bool) -> tuple[Any, Any]:
+    """The training rows, and the test rows if there are any and they are asked for."""
+    from datasets import load_dataset
+
+    path = Path(config.dataset_name)
+    splits = [config.dataset_train_split, *([config.dataset_test_split] if evaluates else [])]
+    if not path.exists():
+        loaded = load_dataset(config.dataset_name, config.dataset_config)
+        known_names(f"split of dataset {config.dataset_name!r}", splits, list(loaded))
+        return loaded[splits[0]], loaded[splits[1]] if evaluates else None
+    files = {}
+    for split in splits:
+        found = [path] if path.is_file() else [p for p in sorted(path.glob(f"{split}.*")) if p.suffix in FORMATS]
+        if not found or (path.is_file() and split != splits[0]):
+            raise ValueError(
+                f"dataset_name={config.dataset_name!r}: there is no {split!r} split ({split}.jsonl, .json, .csv or "
+                ".parquet). Set dataset_train_split and dataset_test_split, or eval_strategy: 'no'."
+            )
+        files[split] = str(found[0])
+    loaded = load_dataset(FORMATS[Path(files[splits[0]]).suffix], data_files=files)
+    return loaded[splits[0]], loaded[splits[1]] if evaluates else None
+
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def _adapter(config: RunConfig) -> Any:
+    if not config.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _evaluations(trainer: Any) -> list[dict[str, Any]]:
+    name = f"eval_rewards/{trainer.rewards.names[0]}/mean"
+    return [entry for entry in trainer.state.log_history if name in entry]
+
+
+def _evaluated_last(trainer: Any) -> bool:
+    evaluations = _evaluations(trainer)
+    return bool(evaluations) and evaluations[-1]["step"] == trainer.state.global_step
+
+
+def _conclude(trainer: Any, seconds: float, steps: int) -> None:
+    """Print where everything is, and as the last line what the run achieved."""
+    evaluations = _evaluations(trainer)
+    summary: dict[str, Any] = {"steps": steps, "duration": seconds, "tokens": trainer.state.num_input_tokens_seen}
+    line = f"trained {steps} steps in {seconds:.0f} s"
+    if evaluations:
+        name = f"eval_rewards/{trainer.rewards.names[0]}/mean"
+        before, after = evaluations[0][name], evaluations[-1][name]
+        # Rewards of 0 and 1 are right and wrong answers; their mean is an accuracy.
+        kind = "accuracy" if trainer.rewards_are_binary else f"reward ({trainer.rewards.names[0]})"
+        line = f"held-out {kind} {before:.2f} -> {after:.2f} in {seconds:.0f} s"
+        if trainer.rewards_are_binary:
+            summary = {"accuracy_before": before, "accuracy_after": after} | summary
+    print(f"model:  {trainer.args.output_dir}")
+    if trainer.args.html_report:
+        print(f"report: {trainer.write_report(summary)}")
+    print(line, flush=True)
+
+
+def _print_fields(config_class: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("setting", "default", "meaning", title=f"Settings of {config_class.__name__}")
+    for source in (RunConfig, config_class):
+        for field in sorted(dataclasses.fields(source), key=lambda f: f.name):
+            default = field.default if field.default is not dataclasses.MISSING else ""
+            help = " ".join(str(field.metadata.get("help", "")).split())
+            table.add_row(field.name, str(default), help[:200])
+    Console().print(table)

@@ -1,0 +1,253 @@
+"""The configuration that the five trainers share. Every value is checked here, before a model is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from slipstream.checks import number, one_of
+from slipstream.generation.engine import Sampling
+
+SAMPLER_CORRECTIONS = (
+    "token_truncate",
+    "token_mask",
+    "sequence_truncate",
+    "sequence_mask",
+    "sequence_geometric_truncate",
+    "sequence_geometric_mask",
+)
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with the help text that the command line shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class OnlineConfig(TrainingArguments):
+    """What every trainer that samples its own training data needs to know.
+
+    It is a `transformers.TrainingArguments`; the fields below come on top, or have another default. Batch sizes count
+    completions: `generation_batch_size = per_device_train_batch_size * processes * steps_per_generation`, and it holds
+    `generation_batch_size / num_generations` different prompts.
+
+    Raises:
+        ValueError: a value is out of range, or two values contradict each other.
+    """
+
+    learning_rate: float = option(1e-6, "Initial learning rate of AdamW.")
+    logging_steps: float = option(10, "Log every so many optimizer steps (below 1: a share of all steps).")
+    gradient_checkpointing: bool = option(True, "Trade compute for memory by recomputing activations.")
+    bf16: bool | None = option(
+        None, "bfloat16 mixed precision. None: on where an accelerator supports it, off on a CPU or with fp16."
+    )
+    remove_unused_columns: bool | None = option(
+        False, "Whether to drop dataset columns; they are kept, since reward functions read them."
+    )
+
+    # The model
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments for from_pretrained when the model is given by name; `dtype` is float32 unless set here."
+    )
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model. Only for models you trust.")
+    disable_dropout: bool = option(False, "Switch dropout off while training.")
+
+    # The rollouts
+    num_generations: int = option(8, "Completions sampled for each prompt.")
+    num_generations_eval: int | None = option(None, "The same in evaluation; None: as in training.")
+    max_completion_length: int = option(512, "Largest number of tokens of a completion.")
+    shuffle_dataset: bool = option(True, "Draw the prompts in a new random order each epoch.")
+    generation_batch_size: int | None = option(None, "Completions generated at a time, over all processes.")
+    steps_per_generation: int | None = option(
+        None, "Micro-batches made of each generation batch; None: gradient_accumulation_steps."
+    )
+    temperature: float = option(1.0, "Sampling temperature; the trainer's log-probabilities use it as well.")
+    top_p: float = option(1.0, "Nucleus sampling mass; 1.0 keeps every token.")
+    top_k: int = option(0, "Number of most likely tokens kept; 0 keeps every token.")
+    min_p: float | None = option(None, "Smallest token probability, relative to the most likely token's.")
+    repetition_penalty: float = option(1.0, "Above 1 discourages repeated tokens.")
+    eval_temperature: float | None = option(
+        None, "Sampling temperature in evaluation (0 is greedy); None: as in training."
+    )
+    generation_kwargs: dict[str, Any] | str | None = option(None, "Further arguments for the engine's sampling class.")
+    chat_template_kwargs: dict[str, Any] | str | None = option(None, "Further variables for the chat template.")
+
+    # vLLM
+    use_vllm: bool = option(False, "Generate with vLLM; without it, transformers generates.")
+    vllm_mode: str = option("colocate", "`colocate`: vLLM inside this process. `server`: a `slipstream vllm-serve`.")
+    vllm_model_impl: str = option("vllm", "`vllm`: its own model code. `transformers`: its transformers backend.")
+    vllm_enable_sleep_mode: bool = option(False, "Let vLLM give its GPU memory back while the trainer works.")
+    vllm_sleep_level: int = option(
+        2, "1 keeps the engine's weights in host memory while it sleeps, 2 drops them (the trainer sends them anyway)."
+    )
+    vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU's memory that vLLM may take (colocate).")
+    vllm_max_model_length: int | None = option(None, "Longest prompt + completion of the engine; None: the model's.")
+    vllm_tensor_parallel_size: int = option(1, "GPUs that one engine's weights are split over.")
+    vllm_structured_outputs_regex: str | None = option(None, "A regular expression that completions must match.")
+    vllm_engine_kwargs: dict[str, Any] | str | None = option(
+        None, "Any other argument of vLLM's engine, by vLLM's own names."
+    )
+    vllm_importance_sampling_correction: bool = option(
+        True, "Correct for the difference between the sampler's and the trainer's log-probabilities."
+    )
+    vllm_importance_sampling_mode: str = option("sequence_mask", f"How: one of {', '.join(SAMPLER_CORRECTIONS)}.")
+    vllm_importance_sampling_clip_max: float | None = option(3.0, "Upper bound of the correction ratio.")
+    vllm_importance_sampling_clip_min: float | None = option(None, "Lower bound of the correction ratio.")
+
+    # What is shown
+    log_completions: bool = option(False, "Print a table of prompts and completions every `logging_steps`.")
+    num_completions_to_print: int | None = option(None, "Rows of that table; None: all of them.")
+    log_unique_prompts: bool = option(False, "Show each prompt once in that table.")
+    html_report: bool = option(True, "Write `report.html`, one file with all curves and completions, at the end.")
+
+    reward_weights: list[float] | None = option(None, "Weight of each reward function; None: 1.0 each.")
+    reward_timeout: float = option(600.0, "Seconds that asynchronous reward functions may take for one batch.")
+
+    # Fields that may be given as a JSON object in a string (transformers parses them).
+    _VALID_DICT_FIELDS = [  # noqa: RUF012, transformers' own name and form
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "generation_kwargs",
+        "chat_template_kwargs",
+        "vllm_engine_kwargs",
+    ]
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and _accelerator_has_bf16() and not self.use_cpu
+        super().__post_init__()
+        self._check_values()
+        self._resolve_batch_sizes()
+        self._check_batch_sizes()
+
+    def _check_values(self) -> None:
+        number("num_generations", self.num_generations, least=1, integer=True)
+        if self.num_generations_eval is not None:
+            number("num_generations_eval", self.num_generations_eval, least=1, integer=True)
+        number("max_completion_length", self.max_completion_length, least=1, integer=True)
+        number("temperature", self.temperature, above=0)
+        if self.eval_temperature is not None:
+            number("eval_temperature", self.eval_temperature, least=0)
+        number("top_p", self.top_p, above=0, most=1)
+        number("top_k", self.top_k, least=0, integer=True)
+        if self.min_p is not None:
+            number("min_p", self.min_p, least=0, most=1)
+        number("repetition_penalty", self.repetition_penalty, above=0)
+        number("reward_timeout", self.reward_timeout, above=0)
+        if self.num_completions_to_print is not None:
+            number("num_completions_to_print", self.num_completions_to_print, least=1, integer=True)
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size=True is not supported: a smaller batch would cut groups of completions apart. "
+                "Lower per_device_train_batch_size and raise gradient_accumulation_steps instead."
+            )
+        self._check_vllm()
+
+    def _check_vllm(self) -> None:
+        one_of("vllm_mode", self.vllm_mode, ("colocate", "server"))
+        one_of("vllm_model_impl", self.vllm_model_impl, ("vllm", "transformers"))
+        one_of("vllm_sleep_level", self.vllm_sleep_level, (1, 2))
+        number("vllm_gpu_memory_utilization", self.vllm_gpu_memory_utilization, above=0, most=1)
+        number("vllm_tensor_parallel_size", self.vllm_tensor_parallel_size, least=1, integer=True)
+        if self.vllm_max_model_length is not None:
+            number("vllm_max_model_length", self.vllm_max_model_length, least=2, integer=True)
+        one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, SAMPLER_CORRECTIONS)
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if high is not None:
+            number("vllm_importance_sampling_clip_max", high, above=0)
+        if low is not None:
+            number("vllm_importance_sampling_clip_min", low, least=0)
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"vllm_importance_sampling_clip_min={low} must be below vllm_importance_sampling_clip_max={high}."
+            )
+        if self.vllm_importance_sampling_correction and low is None and high is None:
+            raise ValueError(
+                "vllm_importance_sampling_clip_min and vllm_importance_sampling_clip_max are both None, so the "
+                f"correction {self.vllm_importance_sampling_mode!r} has no bound: set at least one of them, or "
+                "vllm_importance_sampling_correction=False."
+            )
+        if self.use_vllm and self.vllm_importance_sampling_correction and self._truncates:
+            warnings.warn(
+                "top_p, top_k, min_p or repetition_penalty changes the distribution that tokens are sampled from, and "
+                "the trainer scores them under the unchanged one: sampler correction is off in this run. Set "
+                "vllm_importance_sampling_correction=False to say so yourself.",
+                UserWarning,
+                stacklevel=4,
+            )
+            self.vllm_importance_sampling_correction = False
+        if self.use_vllm and self.vllm_mode == "server":
+            raise NotImplementedError(
+                "vllm_mode='server' is not there yet: use vllm_mode='colocate', which runs vLLM in this process."
+            )
+        if self.use_vllm and self.vllm_enable_sleep_mode:
+            from slipstream.vllm_compat import check_sleep_supported
+
+            check_sleep_supported()
+
+    @property
+    def _truncates(self) -> bool:
+        """Whether tokens are sampled from another distribution than softmax(logits / temperature)."""
+        return self.top_p < 1 or self.top_k > 0 or bool(self.min_p) or self.repetition_penalty != 1
+
+    def _resolve_batch_sizes(self) -> None:
+        a_step = self.per_device_train_batch_size * self.world_size
+        if self.generation_batch_size is not None and self.steps_per_generation is not None:
+            # Both are set after a round trip through to_dict(); then they must agree.
+            if self.generation_batch_size != a_step * self.steps_per_generation:
+                raise ValueError(
+                    f"generation_batch_size={self.generation_batch_size} and steps_per_generation="
+                    f"{self.steps_per_generation} contradict each other: set one of them (per_device_train_batch_size "
+                    f"* processes = {a_step})."
+                )
+        elif self.generation_batch_size is not None:
+            number("generation_batch_size", self.generation_batch_size, least=1, integer=True)
+            if self.generation_batch_size % a_step:
+                raise ValueError(
+                    f"generation_batch_size={self.generation_batch_size} must be a multiple of "
+                    f"per_device_train_batch_size * processes = {a_step}."
+                )
+            self.steps_per_generation = self.generation_batch_size // a_step
+        else:
+            if self.steps_per_generation is None:
+                self.steps_per_generation = self.gradient_accumulation_steps
+            number("steps_per_generation", self.steps_per_generation, least=1, integer=True)
+            self.generation_batch_size = a_step * self.steps_per_generation
+
+    def _check_batch_sizes(self) -> None:
+        assert self.generation_batch_size is not None
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size} (per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} * {self.world_size} processes * steps_per_generation="
+                f"{self.steps_per_generation}) must be a multiple of num_generations={self.num_generations}, so that "
+                "every prompt has its whole group."
+            )
+
+    def sampling(self, *, evaluation: bool = False) -> Sampling:
+        """The sampling parameters of training, or of evaluation."""
+        temperature = self.temperature
+        if evaluation and self.eval_temperature is not None:
+            temperature = self.eval_temperature
+        return Sampling(
+            max_tokens=self.max_completion_length,
+            temperature=temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty,
+            # A greedy distribution is a point, and a truncated one is not the trainer's: such log-probabilities cannot
+            # be compared with it.
+            logprobs=self.use_vllm and temperature > 0 and not self._truncates,
+            regex=self.vllm_structured_outputs_regex,
+            extra=dict(self.generation_kwargs or {}),  # type: ignore[arg-type]
+        )
+
+
+def _accelerator_has_bf16() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()

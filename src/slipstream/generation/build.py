@@ -1,0 +1,82 @@
+"""Choosing and starting the engine that a configuration asks for."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slipstream.config import OnlineConfig
+from slipstream.generation.engine import Engine
+
+
+def build_engine(
+    config: OnlineConfig,
+    *,
+    model: str | nn.Module,
+    policy: Callable[[], nn.Module],
+    tokenizer: Any,
+    eos_token_ids: Collection[int],
+    rank: int,
+) -> Engine:
+    """Start the engine.
+
+    Args:
+        config: The trainer's configuration.
+        model: What the trainer was given: a name or folder, or a module.
+        policy: Returns the unwrapped model that is trained.
+        tokenizer: Its tokenizer or processor.
+        eos_token_ids: Tokens that end a completion.
+        rank: Of this process.
+    """
+    if not config.use_vllm:
+        from slipstream.generation.transformers import TransformersEngine
+
+        pad = getattr(tokenizer, "tokenizer", tokenizer).pad_token_id
+        return TransformersEngine(policy, pad_token_id=pad, eos_token_ids=sorted(eos_token_ids), seed=config.seed + rank)
+    from slipstream.generation.colocate import ColocateEngine
+
+    assert config.steps_per_generation is not None
+    options: dict[str, Any] = dict(config.vllm_engine_kwargs or {})  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory(prefix="slipstream-") as folder:
+        if isinstance(model, str):
+            source, revision = model, dict(config.model_init_kwargs or {}).get("revision")  # type: ignore[arg-type]
+        else:
+            # The engine needs the shape alone: its weights arrive from the trainer before the first token.
+            source, revision = _save_shape(policy(), tokenizer, Path(folder)), None
+            options.setdefault("load_format", "dummy")
+        return ColocateEngine(
+            model=source,
+            revision=revision,
+            dtype=options.pop("dtype", None) or _engine_dtype(config, policy()),
+            max_model_len=config.vllm_max_model_length,
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            tensor_parallel_size=config.vllm_tensor_parallel_size,
+            model_impl=config.vllm_model_impl,
+            max_num_seqs=config.per_device_train_batch_size * config.steps_per_generation,
+            seed=config.seed + rank,
+            enable_sleep_mode=config.vllm_enable_sleep_mode,
+            trust_remote_code=config.trust_remote_code,
+            engine_kwargs=options,
+        )
+
+
+def _save_shape(model: nn.Module, tokenizer: Any, folder: Path) -> str:
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.config.save_pretrained(folder)
+    if getattr(base, "generation_config", None) is not None:
+        base.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def _engine_dtype(config: OnlineConfig, model: nn.Module) -> str:
+    """What the trainer computes in: its autocast type, else its weights' own."""
+    if config.bf16:
+        return "bfloat16"
+    if config.fp16:
+        return "float16"
+    return str(next(model.parameters()).dtype).removeprefix("torch.")

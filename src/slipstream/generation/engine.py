@@ -1,0 +1,85 @@
+"""What a trainer needs from a generator: five verbs. Trainers never ask which engine they have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from slipstream.records import Completion
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. Neutral values switch a filter off.
+
+    Attributes:
+        max_tokens: Largest number of tokens a completion may have.
+        temperature: Logits are divided by it; 0 is greedy.
+        top_p: Nucleus mass kept, 1.0 keeps all.
+        top_k: Number of most likely tokens kept, 0 keeps all.
+        min_p: Smallest probability kept, relative to the most likely token; 0.0 keeps all.
+        repetition_penalty: 1.0 is none.
+        logprobs: Whether to return the sampled tokens' log-probabilities.
+        regex: Completions must match this expression (structured outputs), or None.
+        extra: Further arguments for the engine's own sampling class, by its names.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: bool = True
+    regex: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Ask for `n` completions of one prompt; completion i is sampled with seed `seed + i` (None: unseeded)."""
+
+    prompt_ids: Sequence[int]
+    n: int = 1
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What one weight update moved: `nbytes` bytes in `tensors` tensors within `seconds` seconds."""
+
+    version: int
+    nbytes: int
+    tensors: int
+    seconds: float
+
+
+class Engine(Protocol):
+    """A generator of completions that follows a trainer's weights."""
+
+    version: int | None
+    """Version of the weights it holds; None until the first `update_weights`."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Sample `requests[i].n` completions for each request, in order. Every completion carries `version`."""
+        ...
+
+    def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> SyncReport:
+        """Replace the weights by `tensors` (checkpoint names, full tensors), wholly or not at all."""
+        ...
+
+    def sleep(self, level: int = 1) -> None:
+        """Free accelerator memory: 1 keeps the weights in host memory, 2 drops them (an update must follow `wake`)."""
+        ...
+
+    def wake(self) -> None:
+        """Take the memory back."""
+        ...
+
+    def close(self) -> None:
+        """End the engine. It leaves the trainer's process group and random states as they were."""
+        ...

@@ -1,0 +1,122 @@
+"""The records that flow through one step: a prompt, its completions, and the scored rollouts made of them.
+
+Token ids in, token ids out: text appears here only for reward functions and people, and is never tokenized again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One dataset row, rendered and tokenized.
+
+    Attributes:
+        ids: Token ids that the engine continues.
+        row: The dataset row as it was read; its columns other than `prompt` go to the reward functions.
+        index: Position of the row in its dataset (the same on every rank and after a resume).
+    """
+
+    ids: list[int]
+    row: dict[str, Any]
+    index: int
+
+
+@dataclass(slots=True)
+class Completion:
+    """What an engine sampled for one prompt.
+
+    Attributes:
+        ids: Sampled token ids, including the end-of-sequence token when one was sampled.
+        logprobs: Log-probability of each token under the distribution it was sampled from (after temperature and
+            truncation), same length as `ids`; None when the engine was not asked for them.
+        weight_version: Version of the policy weights that sampled it (number of optimizer steps they have seen).
+        finish_reason: "stop" (end of sequence or a stop string) or "length" (max_tokens reached).
+    """
+
+    ids: list[int]
+    logprobs: Sequence[float] | None
+    weight_version: int
+    finish_reason: str
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One completion of one prompt, with everything training needs to know about it.
+
+    Rollouts of a group share the same `prompt` object, so that code that can reuse a prompt's computation finds them.
+
+    Attributes:
+        prompt: The prompt.
+        completion: The engine's completion.
+        text: The completion in the prompt's own format: a string, or a list with one assistant message.
+        truncated: True if the completion's last token does not end a sequence.
+        rewards: One value a reward function; None where the function could not score it.
+        advantage: How much better than its group this completion was, in the trainer's own scaling.
+        in_loss: Whether its tokens enter the loss.
+        extra: What an algorithm adds: tensors of shape (completion length,) or scalars, by name.
+    """
+
+    prompt: Prompt
+    completion: Completion
+    text: str | list[dict[str, Any]]
+    truncated: bool
+    rewards: list[float | None] = field(default_factory=list)
+    advantage: float = 0.0
+    in_loss: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """What one optimizer step holds over all ranks: normalizers must not depend on how its rows are split.
+
+    Attributes:
+        rows: Completions.
+        tokens: Completion tokens that enter the loss.
+        ranks: Processes whose gradients are averaged.
+    """
+
+    rows: int
+    tokens: float
+    ranks: int
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """Rollouts as tensors, for one forward and backward pass.
+
+    B rows of at most T tokens (prompt, then completion, then padding); N completion tokens, row after row.
+
+    Attributes:
+        rollouts: The rows.
+        input_ids_BT: Token ids, padded on the right.
+        positions_N: Where in the flattened (B*T) input each completion token is predicted from.
+        targets_N: The completion tokens.
+        rows_N: Row of each completion token.
+        mask_N: 1.0 for tokens that enter the loss.
+        advantages_B: Advantage of each row.
+        totals: Of the optimizer step that this is a part of.
+        per_token: Values given to each completion token beforehand, by name, shape (N,): `sampler_logps`, `old_logps`,
+            `ref_logps` where they are needed.
+    """
+
+    rollouts: list[Rollout]
+    input_ids_BT: Tensor
+    positions_N: Tensor
+    targets_N: Tensor
+    rows_N: Tensor
+    mask_N: Tensor
+    advantages_B: Tensor
+    totals: StepTotals
+    per_token: dict[str, Tensor]
+
+    def split_rows(self, values_N: Tensor) -> list[Tensor]:
+        """Cut a value per completion token into one tensor a row."""
+        return list(values_N.split([len(r.completion.ids) for r in self.rollouts]))

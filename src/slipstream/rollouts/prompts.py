@@ -1,0 +1,76 @@
+"""From dataset rows to token ids, and from sampled ids to what reward functions read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from slipstream.records import Prompt
+
+
+def is_conversational(prompt: Any) -> bool:
+    """Whether a prompt is a list of chat messages."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict) and "role" in prompt[0]
+
+
+class PromptRenderer:
+    """Renders prompts with a tokenizer and its chat template.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        template_kwargs: Further variables for its chat template.
+    """
+
+    def __init__(self, tokenizer: Any, template_kwargs: dict[str, Any] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.template_kwargs = dict(template_kwargs or {})
+
+    def render(self, row: dict[str, Any], index: int) -> Prompt:
+        """Tokenize the `prompt` of a dataset row: a string as it is, messages through the chat template.
+
+        A conversation that ends with an assistant message is continued, any other one is answered.
+
+        Raises:
+            ValueError: there is no chat template for a conversation, or the prompt is of no known form or empty.
+        """
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+        elif is_conversational(prompt):
+            if getattr(self.tokenizer, "chat_template", None) is None:
+                raise ValueError(
+                    f"row {index} of the dataset holds chat messages, but the tokenizer has no chat template: set "
+                    "tokenizer.chat_template, or give prompts as strings."
+                )
+            continues = prompt[-1]["role"] == "assistant"
+            ids = self.tokenizer.apply_chat_template(
+                prompt,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
+                tokenize=True,
+                return_dict=False,
+                **self.template_kwargs,
+            )
+        else:
+            raise ValueError(
+                f"row {index} of the dataset: prompt={prompt!r} is neither a string nor a list of messages "
+                '({"role": ..., "content": ...}).'
+            )
+        if not ids:
+            raise ValueError(f"row {index} of the dataset: the prompt has no tokens.")
+        return Prompt(ids=list(ids), row=row, index=index)
+
+    def text(self, prompt: Prompt) -> str:
+        """A prompt as people read it: the string, or the last message of the conversation."""
+        given = prompt.row["prompt"]
+        return given if isinstance(given, str) else str(given[-1]["content"])
+
+    def completions(
+        self, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]
+    ) -> list[str | list[dict[str, Any]]]:
+        """Decode completions into their prompts' form: a string, or a list with one assistant message."""
+        texts = self.tokenizer.batch_decode([list(ids) for ids in completion_ids], skip_special_tokens=True)
+        return [
+            [{"role": "assistant", "content": text}] if is_conversational(prompt.row["prompt"]) else text
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]

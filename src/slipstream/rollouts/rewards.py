@@ -1,0 +1,201 @@
+"""Running reward functions over rollouts."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+
+from slipstream.records import Rollout
+from slipstream.rollouts.prompts import is_conversational
+
+RewardFunction = Callable[..., Any]
+
+
+class RewardRunner:
+    """Scores rollouts with every reward function.
+
+    A reward function is called as `f(prompts=, completions=, completion_ids=, **columns, trainer_state=, log_extra=,
+    log_metric=)`, where `columns` are the dataset's other columns, and returns one number (or None: cannot be scored)
+    a completion. Coroutine functions run concurrently. A sequence-classification model is a reward function too: its
+    reward is logit 0 of prompt and completion.
+
+    Args:
+        functions: Functions, or sequence-classification models.
+        tokenizers: For each model the tokenizer of its own; None for functions.
+        timeout: Seconds that the asynchronous functions may take together for one batch.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction | nn.Module],
+        tokenizers: Sequence[Any | None],
+        timeout: float = 600.0,
+    ) -> None:
+        self.functions = list(functions)
+        self.tokenizers = list(tokenizers)
+        self.timeout = timeout
+        self.names = [_name(f) for f in self.functions]
+        duplicates = {n for n in self.names if self.names.count(n) > 1}
+        if duplicates:
+            raise ValueError(
+                f"two reward functions have the same name {sorted(duplicates)}: their metrics would be mixed up. Give "
+                "each its own __name__."
+            )
+
+    def score(
+        self,
+        rollouts: Sequence[Rollout],
+        trainer_state: Any = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+    ) -> None:
+        """Fill `rewards` of every rollout, one value a function.
+
+        Raises:
+            ValueError: a function returned another number of values, or something that is neither a finite number
+                nor None.
+            TimeoutError: the asynchronous functions were not done in time.
+        """
+        if not rollouts:
+            return
+        arguments = {
+            "prompts": [r.prompt.row["prompt"] for r in rollouts],
+            "completions": [r.text for r in rollouts],
+            "completion_ids": [r.completion.ids for r in rollouts],
+            "trainer_state": trainer_state,
+            "log_extra": log_extra or (lambda column, values: None),
+            "log_metric": log_metric or (lambda name, value: None),
+        }
+        for column in rollouts[0].prompt.row:
+            if column not in arguments and column not in ("prompt", "completion"):
+                arguments[column] = [r.prompt.row.get(column) for r in rollouts]
+        values: list[Any] = [None] * len(self.functions)
+        waiting: dict[int, Any] = {}
+        for i, function in enumerate(self.functions):
+            if isinstance(function, nn.Module):
+                values[i] = _score_with_model(function, self.tokenizers[i], rollouts)
+            elif _is_async(function):
+                waiting[i] = function
+            else:
+                values[i] = function(**arguments)
+        if waiting:
+            results = _run_async([f(**arguments) for f in waiting.values()], self.timeout, list(waiting.values()))
+            for i, result in zip(waiting, results, strict=True):
+                values[i] = result
+        columns = [_checked(name, v, len(rollouts)) for name, v in zip(self.names, values, strict=True)]
+        for rollout, rewards in zip(rollouts, zip(*columns, strict=True), strict=True):
+            rollout.rewards = list(rewards)
+
+
+def load_reward(function: Any, tokenizer: Any, device: torch.device) -> tuple[RewardFunction | nn.Module, Any]:
+    """Resolve one entry of `reward_funcs`: a name loads a sequence-classification model and its tokenizer.
+
+    Raises:
+        TypeError: it is neither callable nor a name.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if isinstance(function, str):
+        function = AutoModelForSequenceClassification.from_pretrained(function, num_labels=1)
+    if isinstance(function, nn.Module):
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(function.config._name_or_path)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        function.config.pad_token_id = tokenizer.pad_token_id
+        return function.to(device).eval(), tokenizer
+    if not callable(function):
+        raise TypeError(
+            f"reward_funcs holds {function!r}: each must be a function, a coroutine function, a model, or its name."
+        )
+    return function, None
+
+
+def _name(function: Any) -> str:
+    if isinstance(function, nn.Module):
+        return str(function.config._name_or_path).rstrip("/").split("/")[-1] or type(function).__name__
+    while hasattr(function, "func"):  # functools.partial
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _is_async(function: Any) -> bool:
+    while hasattr(function, "func"):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _run_async(coroutines: list[Any], timeout: float, functions: list[Any]) -> list[Any]:
+    async def all_of_them() -> list[Any]:
+        return await asyncio.wait_for(asyncio.gather(*coroutines), timeout)
+
+    try:
+        # A loop in a thread of its own: the caller may already have one running (a notebook has).
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
+            return pool.submit(asyncio.run, all_of_them()).result()
+    except TimeoutError as error:
+        names = ", ".join(_name(f) for f in functions)
+        raise TimeoutError(
+            f"the asynchronous reward functions ({names}) were not done after reward_timeout={timeout} seconds: raise "
+            "reward_timeout, or give their requests a shorter one."
+        ) from error
+
+
+def _checked(name: str, values: Any, expected: int) -> list[float | None]:
+    if isinstance(values, torch.Tensor):
+        values = values.tolist()
+    if isinstance(values, str) or not hasattr(values, "__len__"):
+        raise ValueError(
+            f"reward function {name!r} returned {type(values).__name__}: it must return a list with one number or "
+            "None a completion."
+        )
+    if len(values) != expected:
+        raise ValueError(f"reward function {name!r} returned {len(values)} values for {expected} completions.")
+    checked: list[float | None] = []
+    for i, value in enumerate(values):
+        if value is None:
+            checked.append(None)
+            continue
+        if hasattr(value, "item"):
+            value = value.item()
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(
+                f"reward function {name!r} returned {value!r} for completion {i}: it must be a finite number, or None "
+                "if the completion cannot be scored."
+            )
+        checked.append(float(value))
+    return checked
+
+
+@torch.inference_mode()
+def _score_with_model(
+    model: nn.Module, tokenizer: Any, rollouts: Sequence[Rollout], batch_size: int = 32
+) -> list[float]:
+    texts = []
+    for rollout in rollouts:
+        prompt, text = rollout.prompt.row["prompt"], rollout.text
+        if is_conversational(prompt):
+            texts.append(tokenizer.apply_chat_template([*prompt, *text], tokenize=False))
+        else:
+            texts.append(f"{prompt}{text}")
+    scores: list[float] = []
+    device = next(model.parameters()).device
+    for start in range(0, len(texts), batch_size):
+        inputs = tokenizer(
+            texts[start : start + batch_size],
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+            add_special_tokens=False,
+        )
+        scores += model(**inputs.to(device)).logits[:, 0].float().tolist()
+    return scores

@@ -1,0 +1,573 @@
+"""The loop that the trainers share: sample, score, learn, send the weights back to the sampler."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from slipstream.config import OnlineConfig
+from slipstream.generation.build import build_engine
+from slipstream.generation.engine import Request
+from slipstream.modeling.logprobs import PolicyOutput, score_tokens
+from slipstream.modeling.packing import Packer
+from slipstream.objectives.advantages import combine_rewards, nanstd
+from slipstream.records import MicroBatch, Rollout, StepTotals
+from slipstream.rollouts.prompts import PromptRenderer
+from slipstream.rollouts.rewards import RewardRunner, load_reward
+from slipstream.rollouts.sampler import PromptSampler, Slot, prompt_seed
+from slipstream.trainers import journal, loading
+from slipstream.trainers.metrics import Clock, Metrics, Tally
+from slipstream.weights.export import named_tensors
+
+
+class _Positions:
+    """A dataset as its positions: rows are read when their prompts are sampled, not by the data loader."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: Any) -> Any:
+        return item
+
+
+class OnlineTrainer(Trainer):
+    """Trains a causal language model on its own completions; the base of every trainer here.
+
+    A subclass says how rewards become a learning signal (`advantages`) and what is minimized (`objective`).
+
+    One call of `training_step` in `gradient_accumulation_steps` does the work of a whole optimizer step, so that
+    micro-batches can be formed over all of its rows and every normalizer is the step's own.
+
+    Args:
+        model: Name or folder of a causal language model, or the model.
+        reward_funcs: One or several: functions `f(prompts, completions, completion_ids, **columns) -> list`, plain or
+            async, sequence-classification models or their names. See `slipstream.rewards`.
+        args: The configuration.
+        train_dataset: Rows with a `prompt` (a string, or a list of chat messages); all other columns go to the reward
+            functions.
+        eval_dataset: The same for evaluation, or a dict of several.
+        processing_class: The tokenizer; None loads the model's own.
+        reward_processing_classes: Tokenizers of reward models, one for each entry of `reward_funcs` (None: its own).
+        callbacks, optimizers: As in transformers.Trainer.
+        quantization_config: For loading the model quantized.
+        peft_config: Train an adapter of this kind instead of the whole model.
+
+    Raises:
+        ValueError, TypeError: an argument is missing or out of range; raised before a model is loaded where possible.
+    """
+
+    config_class: type[OnlineConfig] = OnlineConfig
+    args: OnlineConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        reward_funcs: Any = None,
+        args: OnlineConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ) -> None:
+        args = self._default_args(model) if args is None else args
+        _check_dataset("train_dataset", train_dataset)
+        for name, dataset in _named_datasets(eval_dataset):
+            _check_dataset(name, dataset)
+        functions, tokenizers = _reward_lists(reward_funcs, reward_processing_classes, args)
+        if train_dataset is not None:
+            self._sampler = self._make_sampler(args, len(train_dataset))
+
+        # An adapter is initialised at random: seed before it is made, not only in Trainer.__init__.
+        torch.manual_seed(args.seed)
+        policy = loading.load_policy(model, args, quantization_config)
+        tokenizer = loading.load_tokenizer(processing_class, model, args)
+        if peft_config is not None:
+            policy = loading.add_adapter(policy, peft_config)
+        if args.disable_dropout:
+            loading.switch_off_dropout(policy)
+        reference = loading.load_reference(model, policy, args) if self._uses_reference(args) else None
+
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=_first,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # The loss is normalized over the whole optimizer step here; transformers must not divide it again.
+        self.model_accepts_loss_kwargs = True
+
+        self.reference = reference and self.accelerator.prepare_model(reference, evaluation_mode=True)
+        loaded = [load_reward(f, t, self.accelerator.device) for f, t in zip(functions, tokenizers, strict=True)]
+        self.rewards = RewardRunner([f for f, _ in loaded], [t for _, t in loaded], args.reward_timeout)
+        weights = args.reward_weights or [1.0] * len(loaded)
+        self.reward_weights_F = torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
+        self.renderer = PromptRenderer(_tokenizer_of(tokenizer), args.chat_template_kwargs)  # type: ignore[arg-type]
+        self.eos_ids = loading.end_of_sequence_ids(policy, self.renderer.tokenizer)
+        self.packer = Packer(
+            args.per_device_train_batch_size, self.renderer.tokenizer.pad_token_id, self.accelerator.device
+        )
+        self._parameters = sum(p.numel() for p in policy.parameters())
+        self.clock = Clock()
+        self.metrics = Metrics()
+        self._slots: list[Slot] = []
+        self._batch: tuple[tuple[int, int], list[Rollout]] | None = None
+        self._pushed: tuple[int, int] | None = None
+        self._extra: dict[str, list[Any]] = {}
+        self._step_started = time.perf_counter()
+        self._step_flops = 0
+        self.engine = build_engine(
+            args,
+            model=model,
+            policy=lambda: self.accelerator.unwrap_model(self.model_wrapped),
+            tokenizer=tokenizer,
+            eos_token_ids=self.eos_ids,
+            rank=self.accelerator.process_index,
+        )
+        if self._sleeps:
+            self.engine.sleep(args.vllm_sleep_level)
+        title = (
+            f"{type(self).__name__.removesuffix('Trainer')}: {getattr(policy.config, '_name_or_path', '') or 'model'}"
+        )
+        self.journal = journal.install(self, self.rewards.names, self.renderer.text, title)
+        self.rewards_are_binary = False
+
+    # What an algorithm brings ------------------------------------------------------------------------------------
+
+    def advantages(self, rewards_RF: Tensor, group_size: int) -> Tensor:
+        """The learning signal of every row, shape (R,), from its rewards by function (NaN: not scored).
+
+        Rows of all ranks are there, the `group_size` completions of a prompt side by side.
+        """
+        raise NotImplementedError
+
+    def objective(self, output: PolicyOutput, batch: MicroBatch, tally: Tally) -> Tensor:
+        """The loss of one micro-batch, normalized so that the micro-batches of an optimizer step add up.
+
+        Gradients are averaged over ranks afterwards. Metrics go to `tally`.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def _uses_reference(args: OnlineConfig) -> bool:
+        """Whether log-probabilities under the initial policy are needed."""
+        return bool(getattr(args, "beta", 0.0))
+
+    # One step ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Slot, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+        """Take part in an optimizer step; the last of its calls samples, scores and learns. Returns the loss."""
+        self._slots.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        slots, self._slots = self._slots, []
+        rollouts = [rollout for slot in slots for rollout in self._rollouts(slot)]
+        with self.clock.phase("train"):
+            loss, metrics = self._learn(model, rollouts)
+        self._finish_step(metrics)
+        return loss
+
+    def _rollouts(self, slot: Slot) -> list[Rollout]:
+        """This rank's rows of a slot; the first slot of a generation batch samples it."""
+        key = (slot.epoch, slot.batch)
+        if self._batch is None or self._batch[0] != key:
+            self._batch = (key, self._sample_batch(slot))
+        rows = self.args.per_device_train_batch_size
+        first = slot.index % self._steps_per_generation * rows
+        return self._batch[1][first : first + rows]
+
+    def _sample_batch(self, slot: Slot) -> list[Rollout]:
+        """Sample and score this rank's share of a generation batch."""
+        size = self.args.num_generations
+        positions = self._sampler.prompts(slot.epoch, slot.batch)
+        share = self.args.per_device_train_batch_size * self._steps_per_generation
+        first = self.accelerator.process_index * share
+        # Completions of all ranks are numbered, those of a prompt side by side. A rank may start within a group.
+        wanted: list[tuple[int, int, int]] = []
+        number = first
+        while number < first + share:
+            start = number % size
+            count = min(size - start, first + share - number)
+            wanted.append((positions[number // size], start, count))
+            number += count
+        seed = (self.args.seed, "train", slot.epoch, slot.batch)
+        rollouts = self._generate(self.train_dataset, wanted, seed, evaluation=False)
+        metrics = self._score(rollouts, size) | self._length_metrics(rollouts)
+        tokens = torch.tensor(sum(len(r.prompt.ids) + len(r.completion.ids) for r in rollouts), dtype=torch.float64)
+        total = self.accelerator.reduce(tokens.to(self.accelerator.device), "sum")
+        self.state.num_input_tokens_seen += int(total.item())
+        if not self._on_policy:
+            self._annotate(self.model_wrapped, rollouts, "old_logps")
+        if self._uses_reference(self.args):
+            self._annotate_reference(rollouts)
+        self.metrics.add(metrics)
+        if self.journal:
+            self.journal.take(rollouts, self.state.global_step + 1, "train", self._extra)
+        return rollouts
+
+    def _generate(
+        self, dataset: Any, wanted: Sequence[tuple[int, int, int]], seed: tuple[Any, ...], *, evaluation: bool
+    ) -> list[Rollout]:
+        """Sample completions `start ... start + count - 1` of each `(row, start, count)`, in order."""
+        prompts = [self.renderer.render(dataset[row], row) for row, _, _ in wanted]
+        requests = [
+            Request(prompt.ids, count, prompt_seed(*seed, row) + start)
+            for prompt, (row, start, count) in zip(prompts, wanted, strict=True)
+        ]
+        with self._engine_ready(), self.clock.phase("generate"):
+            answers = self.engine.generate(requests, self.args.sampling(evaluation=evaluation))
+        sampled = [(p, c) for p, group in zip(prompts, answers, strict=True) for c in group]
+        texts = self.renderer.completions([p for p, _ in sampled], [c.ids for _, c in sampled])
+        rollouts = []
+        for (prompt, completion), text in zip(sampled, texts, strict=True):
+            truncated = not completion.ids or completion.ids[-1] not in self.eos_ids
+            rollout = Rollout(prompt, completion, text, truncated)
+            if completion.logprobs is not None:
+                rollout.extra["sampler_logps"] = torch.tensor(completion.logprobs, dtype=torch.float32)
+            rollouts.append(rollout)
+        return rollouts
+
+    def _score(self, rollouts: list[Rollout], group_size: int, real: int | None = None) -> dict[str, float]:
+        """Run the reward functions and fill in advantages; only the first `real` rows of this rank count."""
+        real = len(rollouts) if real is None else real
+        pending: dict[str, list[float]] = {}
+        self._extra = {}
+        with self.clock.phase("score"):
+            self.rewards.score(
+                rollouts,
+                self.state,
+                log_extra=self._extra.__setitem__,
+                log_metric=lambda name, value: pending.setdefault(name, []).append(float(value)),
+            )
+        rewards_RF = torch.tensor(
+            [[math.nan if v is None else v for v in r.rewards] for r in rollouts],
+            dtype=torch.float32,
+            device=self.accelerator.device,
+        )
+        counts = torch.arange(len(rollouts), device=self.accelerator.device) < real
+        every_RF = self.accelerator.gather(rewards_RF)
+        advantages_R = self.advantages(every_RF, group_size)
+        first = self.accelerator.process_index * len(rollouts)
+        for rollout, advantage in zip(rollouts, advantages_R[first : first + len(rollouts)].tolist(), strict=True):
+            rollout.advantage = advantage
+        metrics = self._reward_metrics(every_RF[self.accelerator.gather(counts)], group_size)
+        return metrics | self._logged_by_rewards(pending)
+
+    def _learn(self, model: nn.Module, rollouts: list[Rollout]) -> tuple[Tensor, dict[str, float]]:
+        """Forward and backward over the rows of an optimizer step."""
+        model.train()
+        totals = self._totals(rollouts)
+        tally = Tally()
+        loss = torch.zeros((), device=self.args.device)
+        micro_batches = list(self.packer.pack(rollouts, totals))
+        for i, batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            # Ranks exchange gradients once, in the last backward pass.
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    part = self.objective(self._policy(model, batch), batch, tally)
+                self.accelerator.backward(part)
+            loss += part.detach()
+            self._step_flops += 6 * batch.input_ids_BT.numel() * self._parameters
+        return loss, tally.reduce(self.accelerator)
+
+    def _policy(self, model: nn.Module, batch: MicroBatch, *, entropies: bool = True) -> PolicyOutput:
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        return score_tokens(model, head, batch, temperature=self.args.temperature, entropies=entropies)
+
+    def _totals(self, rollouts: Sequence[Rollout]) -> StepTotals:
+        tokens = sum(len(r.completion.ids) for r in rollouts if r.in_loss)
+        counts = torch.tensor([len(rollouts), tokens], dtype=torch.float64, device=self.accelerator.device)
+        rows, tokens = self.accelerator.reduce(counts, "sum").tolist()
+        return StepTotals(rows=int(rows), tokens=max(tokens, 1.0), ranks=self.accelerator.num_processes)
+
+    @torch.no_grad()
+    def _annotate(self, model: nn.Module, rollouts: Sequence[Rollout], name: str) -> None:
+        """Give each rollout its log-probabilities under `model` as it is now, as `extra[name]`."""
+        with self.clock.phase("train"), self.compute_loss_context_manager():
+            for batch in self.packer.pack(rollouts, StepTotals(0, 1.0, 1)):
+                output = self._policy(model, batch, entropies=False)
+                for rollout, logps in zip(batch.rollouts, batch.split_rows(output.logps_N), strict=True):
+                    rollout.extra[name] = logps
+
+    def _annotate_reference(self, rollouts: Sequence[Rollout]) -> None:
+        if self.reference is not None:
+            self._annotate(self.reference, rollouts, "ref_logps")
+        else:
+            with self.accelerator.unwrap_model(self.model_wrapped).disable_adapter():
+                self._annotate(self.model_wrapped, rollouts, "ref_logps")
+
+    # The engine --------------------------------------------------------------------------------------------------
+
+    @property
+    def _sleeps(self) -> bool:
+        return self.args.use_vllm and self.args.vllm_enable_sleep_mode
+
+    @contextlib.contextmanager
+    def _engine_ready(self) -> Iterator[None]:
+        """Awake and with the policy's present weights."""
+        if not self._sleeps:
+            self.push_weights()
+            yield
+            return
+        with self.clock.phase("wait"):
+            # In two parts: while the weights arrive, the cache's memory is still the trainer's.
+            self.engine.wake(["weights"])
+        self.push_weights()
+        with self.clock.phase("wait"):
+            self.engine.wake(["kv_cache"])
+        yield
+        with self.clock.phase("wait"):
+            self.engine.sleep(self.args.vllm_sleep_level)
+
+    def push_weights(self) -> None:
+        """Send the policy's weights to the engine, if they have changed since the last time."""
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        # The step alone does not see weights that were loaded from a checkpoint; autograd's version counters do.
+        present = (self.state.global_step, sum(p._version for p in model.parameters()))
+        if self.engine.version is not None and present == self._pushed:
+            return
+        with self.clock.phase("sync"):
+            report = self.engine.update_weights(self.state.global_step, named_tensors(model))
+        self._pushed = present
+        self.metrics.add({"sync/bytes": report.nbytes, "sync/seconds": report.seconds})
+
+    def write_report(self, summary: dict[str, Any] | None = None) -> Path | None:
+        """Write `report.html` into the output folder (main process) and return its path."""
+        return self.journal.write(self.state.log_history, summary) if self.journal else None
+
+    def close(self) -> None:
+        """End the engine. The trainer cannot generate afterwards."""
+        self.engine.close()
+
+    # Metrics -----------------------------------------------------------------------------------------------------
+
+    def _reward_metrics(self, rewards_RF: Tensor, group_size: int) -> dict[str, float]:
+        total_R = combine_rewards(rewards_RF, self.reward_weights_F)
+        stds = nanstd(total_R.view(-1, group_size), dim=1)
+        metrics = {
+            "reward": total_R.nanmean().item(),
+            "reward_std": nanstd(total_R, dim=0).item(),
+            "frac_reward_zero_std": torch.isclose(stds, torch.zeros_like(stds)).float().mean().item(),
+        }
+        for i, name in enumerate(self.rewards.names):
+            metrics[f"rewards/{name}/mean"] = rewards_RF[:, i].nanmean().item()
+            metrics[f"rewards/{name}/std"] = nanstd(rewards_RF[:, i], dim=0).item()
+        return metrics
+
+    def _logged_by_rewards(self, pending: dict[str, list[float]]) -> dict[str, float]:
+        """Averages over ranks of what reward functions passed to `log_metric`."""
+        everyone = [pending]
+        if self.accelerator.num_processes > 1:
+            everyone = [{} for _ in range(self.accelerator.num_processes)]
+            torch.distributed.all_gather_object(everyone, pending)
+        names = sorted({name for one in everyone for name in one})
+        values = {name: [v for one in everyone for v in one.get(name, [])] for name in names}
+        return {name: sum(v) / len(v) for name, v in values.items()}
+
+    def _length_metrics(self, rollouts: Sequence[Rollout], real: int | None = None) -> dict[str, float]:
+        tally = Tally()
+        kept = rollouts[: len(rollouts) if real is None else real]
+        device = self.accelerator.device
+        lengths = torch.tensor([len(r.completion.ids) for r in kept], dtype=torch.float32, device=device)
+        truncated = torch.tensor([r.truncated for r in kept], dtype=torch.float32, device=device)
+        terminated = lengths[truncated == 0]
+        for kind, values in (("", lengths), ("_terminated", terminated)):
+            tally.mean(f"completions/mean{kind}_length", values)
+            tally.min(f"completions/min{kind}_length", values)
+            tally.max(f"completions/max{kind}_length", values)
+        tally.mean("completions/clipped_ratio", truncated)
+        versions = torch.tensor([r.completion.weight_version for r in kept], dtype=torch.float32, device=device)
+        tally.mean("staleness/mean", self.state.global_step - versions)
+        tally.max("staleness/max", self.state.global_step - versions)
+        metrics = dict.fromkeys((f"completions/{k}_terminated_length" for k in ("mean", "min", "max")), 0.0)
+        return metrics | tally.reduce(self.accelerator)
+
+    def _finish_step(self, metrics: dict[str, float]) -> None:
+        now = time.perf_counter()
+        metrics["step_time"], self._step_started = now - self._step_started, now
+        metrics |= {f"time/{phase}": seconds for phase, seconds in self.clock.flush().items()}
+        if torch.cuda.is_available():
+            metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self.metrics.add(metrics)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with what the steps since the last log have measured."""
+        if "loss" in logs:
+            logs.update(self.metrics.flush())  # type: ignore[arg-type]
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+        super().log(logs, start_time)
+
+    # Evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Sample completions for every row in one go, score them, and compute the loss without a gradient."""
+        dataset = dataloader.dataset.dataset  # type: ignore[attr-defined]
+        size = self.args.num_generations_eval or self.args.num_generations
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        # Every rank takes equally many rows, so that collectives match; the surplus at the end does not count.
+        share = math.ceil(len(dataset) / ranks)
+        rows = range(rank * share, (rank + 1) * share)
+        real = max(0, min(share, len(dataset) - rank * share)) * size
+        wanted = [(row % len(dataset), 0, size) for row in rows]
+        was_training = self.model.training
+        self.model.eval()
+        rollouts = self._generate(dataset, wanted, (self.args.seed, "eval"), evaluation=True)
+        metrics = self._score(rollouts, size, real) | self._length_metrics(rollouts, real)
+        self.rewards_are_binary = all(r.rewards[0] in (0.0, 1.0, None) for r in rollouts[:real])
+        for rollout in rollouts[real:]:
+            rollout.in_loss = False
+        if self._uses_reference(self.args):
+            self._annotate_reference(rollouts)
+        totals, tally = self._totals(rollouts), Tally()
+        loss = torch.zeros((), device=self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in self.packer.pack(rollouts, totals):
+                loss += self.objective(self._policy(self.model_wrapped, batch), batch, tally)
+        # The objective is made for gradients that are averaged over ranks.
+        metrics["loss"] = self.accelerator.reduce(loss, "mean").item()
+        metrics |= tally.reduce(self.accelerator)
+        self.model.train(was_training)
+        self.clock.flush()
+        if self.journal:
+            self.journal.take(rollouts[:real], self.state.global_step, "eval", self._extra)
+        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=prefixed, num_samples=len(dataset))  # type: ignore[arg-type]
+
+    # What transformers' loop asks for ----------------------------------------------------------------------------
+
+    @property
+    def _steps_per_generation(self) -> int:
+        assert self.args.steps_per_generation is not None  # resolved by the config
+        return self.args.steps_per_generation
+
+    @property
+    def _iterations(self) -> int:
+        """Times that a generation batch is replayed."""
+        return getattr(self.args, "num_iterations", 1)
+
+    @property
+    def _on_policy(self) -> bool:
+        """Whether each generation batch is consumed by one optimizer step: then no other policy than the present one
+        has to be scored."""
+        return self.args.gradient_accumulation_steps % (self._steps_per_generation * self._iterations) == 0
+
+    @staticmethod
+    def _make_sampler(args: OnlineConfig, rows: int) -> PromptSampler:
+        assert args.generation_batch_size is not None
+        assert args.steps_per_generation is not None
+        return PromptSampler(
+            rows,
+            args.generation_batch_size // args.num_generations,
+            args.steps_per_generation * getattr(args, "num_iterations", 1),
+            args.seed if args.data_seed is None else args.data_seed,
+            args.shuffle_dataset,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Slots, not rows: every rank walks through all of them and takes its share of each generation batch."""
+        if self.train_dataset is None:
+            raise ValueError("train_dataset=None: pass the prompts to train on.")
+        return DataLoader(_Positions(self.train_dataset), batch_sampler=self._sampler, collate_fn=_first)  # type: ignore[arg-type]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The rows of an evaluation dataset (given, or named among those of the constructor), not yet rendered."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("eval_dataset=None: pass the prompts to evaluate on.")
+        _check_dataset("eval_dataset", dataset)
+        return DataLoader(_Positions(dataset), batch_size=1, collate_fn=_first)  # type: ignore[arg-type]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
+        """The slots of one optimizer step."""
+        return [slot for _, slot in zip(range(num_batches), epoch_iterator, strict=False)], None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Operations of the last optimizer step: six for each parameter and token, counted once a step."""
+        operations, self._step_flops = self._step_flops, 0
+        return operations
+
+    def _default_args(self, model: str | nn.Module) -> OnlineConfig:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+        algorithm = type(self).__name__.removesuffix("Trainer")
+        return self.config_class(output_dir=f"{str(name).rstrip('/').split('/')[-1]}-{algorithm}")
+
+
+def _first(batch: list[Any]) -> Any:
+    return batch[0]
+
+
+def _tokenizer_of(processing_class: Any) -> Any:
+    """A processor's tokenizer, or the tokenizer itself."""
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
+def _named_datasets(dataset: Any) -> list[tuple[str, Any]]:
+    if dataset is None:
+        return []
+    if isinstance(dataset, dict):
+        return [(f"eval_dataset[{name!r}]", one) for name, one in dataset.items()]
+    return [("eval_dataset", dataset)]
+
+
+def _check_dataset(name: str, dataset: Any) -> None:
+    if dataset is None:
+        return
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}, which cannot be read by position: streaming datasets are not "
+            "supported. Load it without streaming=True."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty.")
+    if "prompt" not in dataset[0]:
+        raise ValueError(
+            f"{name} has no column 'prompt'; its columns are {', '.join(map(repr, dataset[0]))}. Rename one: "
+            "dataset.rename_column(..., 'prompt')."
+        )
+
+
+def _reward_lists(reward_funcs: Any, tokenizers: Any, args: OnlineConfig) -> tuple[list[Any], list[Any]]:
+    """`reward_funcs` and `reward_processing_classes` as lists of the same length."""
+    if reward_funcs is None or (isinstance(reward_funcs, list) and not reward_funcs):
+        raise ValueError("reward_funcs is missing: pass a function, a reward model, or a list of them.")
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(functions)
+    if len(tokenizers) != len(functions):
+        raise ValueError(
+            f"reward_processing_classes has {len(tokenizers)} entries for {len(functions)} reward_funcs: give one for "
+            "each, None for functions."
+        )
+    if args.reward_weights is not None and len(args.reward_weights) != len(functions):
+        raise ValueError(f"reward_weights has {len(args.reward_weights)} values for {len(functions)} reward_funcs.")
+    return functions, tokenizers

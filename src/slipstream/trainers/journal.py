@@ -1,0 +1,118 @@
+"""What a run leaves for people to read: completions on the console and in a file, and the HTML report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, Trainer, TrainerCallback
+
+from slipstream.config import OnlineConfig
+from slipstream.records import Rollout
+from slipstream.reporting import CompletionLog, CompletionRow, ProgressReporter, completions_table, write_report
+
+# Rows kept of one generation batch or evaluation: enough to read, little enough for a long run's disk.
+KEPT_ROWS = 64
+
+
+class Journal(TrainerCallback):
+    """Keeps the completions of the main process between two logs, shows some, and writes the report at the end.
+
+    Args:
+        args: The configuration.
+        names: Names of the reward functions.
+        render: Returns the text of a prompt's token ids.
+        progress: Whose console is printed on.
+        title: Heading of the report.
+    """
+
+    def __init__(
+        self, args: OnlineConfig, names: Sequence[str], render: Any, progress: ProgressReporter, title: str
+    ) -> None:
+        self.args = args
+        self.names = list(names)
+        self.render = render
+        self.progress = progress
+        self.title = title
+        self.folder = Path(args.output_dir)
+        self.log = CompletionLog(self.folder / "completions.jsonl")
+        self._rows: list[CompletionRow] = []
+
+    def take(self, rollouts: Sequence[Rollout], step: int, mode: Any, extra: dict[str, list[Any]]) -> None:
+        """Note the rollouts of a generation batch (in place of the one before) or of an evaluation."""
+        rows = []
+        for i, rollout in enumerate(rollouts[:KEPT_ROWS]):
+            shown = dict(zip(self.names, rollout.rewards, strict=True))
+            text = rollout.text if isinstance(rollout.text, str) else rollout.text[-1]["content"]
+            # Columns that reward functions logged stand with the rewards where they are numbers, else after the text.
+            for column, values in extra.items():
+                if isinstance(values[i], int | float):
+                    shown[column] = float(values[i])
+                else:
+                    text += f"\n[{column}: {values[i]}]"
+            rows.append(
+                CompletionRow(
+                    step=step,
+                    prompt=self.render(rollout.prompt),
+                    completion=text,
+                    rewards=shown,
+                    advantage=rollout.advantage,
+                    length=len(rollout.completion.ids),
+                    truncated=rollout.truncated,
+                    weight_version=rollout.completion.weight_version,
+                    mode=mode,
+                )
+            )
+        if mode == "eval":
+            self.log.append(rows)
+        else:
+            self._rows = rows
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop what a run that is continued, or begun anew in the same folder, had noted after this point."""
+        self.log.truncate_after(state.global_step if state.global_step else -1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """With each log of training, note the last completions and show them."""
+        if not logs or "loss" not in logs or not self._rows:
+            return
+        rows, self._rows = self._rows, []
+        self.log.append(rows)
+        if self.args.log_completions:
+            self.progress.console.print(completions_table(self._chosen(rows), rows[0].step))
+
+    def _chosen(self, rows: list[CompletionRow]) -> list[CompletionRow]:
+        if self.args.log_unique_prompts:
+            rows = list({row.prompt: row for row in reversed(rows)}.values())[::-1]
+        return rows[: self.args.num_completions_to_print]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the report, also when training is stopped early."""
+        if self.args.html_report:
+            self.write(state.log_history)
+
+    def write(self, history: list[dict[str, Any]], summary: dict[str, Any] | None = None) -> Path:
+        """Write `report.html` from what has been logged so far."""
+        return write_report(
+            self.folder / "report.html",
+            title=self.title,
+            history=history,
+            completions=self.log.read(),
+            config=self.args.to_sanitized_dict(),
+            summary=summary,
+        )
+
+
+def install(trainer: Trainer, names: Sequence[str], render: Any, title: str) -> Journal | None:
+    """Put our progress bar, table and report in the place of transformers' bar, on the main process."""
+    args: Any = trainer.args
+    progress = ProgressReporter()
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(progress)
+    if not trainer.is_world_process_zero():
+        return None
+    journal = Journal(args, names, render, progress, title)
+    trainer.add_callback(journal)
+    return journal

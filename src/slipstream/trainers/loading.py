@@ -1,0 +1,96 @@
+"""Loading what a trainer needs: the policy, its tokenizer, its reference."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from slipstream.checks import one_of
+from slipstream.config import OnlineConfig
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def load_policy(model: str | nn.Module, config: OnlineConfig, quantization_config: Any = None) -> nn.Module:
+    """The model to train: `model` itself, or the causal language model of that name or folder, float32 by default."""
+    options = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+    if not isinstance(model, str):
+        if options:
+            raise ValueError(
+                f"model_init_kwargs={options!r} is for a model given by name, but a {type(model).__name__} was given: "
+                "pass these arguments where you load it."
+            )
+        return model
+    from transformers import AutoModelForCausalLM
+
+    dtype = options.setdefault("dtype", "float32")
+    if isinstance(dtype, str):
+        one_of("model_init_kwargs['dtype']", dtype, DTYPES)
+        options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    return AutoModelForCausalLM.from_pretrained(model, trust_remote_code=config.trust_remote_code, **options)
+
+
+def load_tokenizer(processing_class: Any, model: str | nn.Module, config: OnlineConfig) -> Any:
+    """The tokenizer of `model` (unless one is given), with a padding token."""
+    from transformers import AutoTokenizer
+
+    if processing_class is None:
+        options = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        if not name:
+            raise ValueError(
+                "processing_class=None, but the model does not know where it came from: pass its tokenizer."
+            )
+        processing_class = AutoTokenizer.from_pretrained(
+            name, revision=options.get("revision", "main"), trust_remote_code=config.trust_remote_code
+        )
+    if getattr(processing_class, "pad_token", None) is None:
+        processing_class.pad_token = processing_class.eos_token
+    return processing_class
+
+
+def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    """Wrap `model` in a PEFT adapter; its other parameters are frozen."""
+    try:
+        from peft import PeftModel, get_peft_model
+    except ImportError as error:
+        raise ImportError("peft_config was given, but peft is not installed: pip install 'slipstream[peft]'") from error
+    if isinstance(model, PeftModel):
+        raise ValueError("peft_config was given, but the model has an adapter already: pass one or the other.")
+    return get_peft_model(model, peft_config)
+
+
+def load_reference(model: str | nn.Module, policy: nn.Module, config: OnlineConfig) -> nn.Module | None:
+    """The initial policy, frozen; None when the policy is an adapter, which has its reference inside (adapter off)."""
+    if hasattr(policy, "disable_adapter"):
+        return None
+    # A fresh copy of the same file is cheaper than a copy in memory, and right even if the policy was resumed.
+    reference = load_policy(model, config) if isinstance(model, str) else copy.deepcopy(policy)
+    return reference.requires_grad_(False).eval()
+
+
+def end_of_sequence_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+    """Token ids that end a completion: the generation config's and the tokenizer's."""
+    ids: set[int] = set()
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    for value in (configured, tokenizer.eos_token_id):
+        if value is not None:
+            ids.update(value if isinstance(value, list) else [value])
+    if not ids:
+        raise ValueError(
+            "neither model.generation_config.eos_token_id nor the tokenizer's eos_token is set: completions could "
+            "never end. Set tokenizer.eos_token."
+        )
+    return ids
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

@@ -1,0 +1,102 @@
+"""Metrics of a step: collected on the device in pieces, reduced over ranks once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Tally:
+    """Means, minima and maxima over the micro-batches of a step, without waiting for the device.
+
+    Every rank must tally the same names.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
+
+    def mean(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
+        """Add values to the weighted mean `name`."""
+        values = values.detach().float()
+        weights = torch.ones_like(values) if weights is None else weights.detach().float()
+        total, count = (values * weights).sum(), weights.sum()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts[name] + count if name in self._counts else count
+
+    def max(self, name: str, values: Tensor) -> None:
+        """Add values to the maximum `name`."""
+        highest = values.detach().float().max() if values.numel() else torch.tensor(-math.inf, device=values.device)
+        self._maxima[name] = torch.maximum(self._maxima[name], highest) if name in self._maxima else highest
+
+    def min(self, name: str, values: Tensor) -> None:
+        """Add values to the minimum `name`."""
+        self.max(f"-{name}", -values.detach().float())
+
+    def reduce(self, accelerator: Any) -> dict[str, float]:
+        """The values over all ranks, by name; a mean over nothing and an extremum of nothing are left out."""
+        result: dict[str, float] = {}
+        if self._sums:
+            names = sorted(self._sums)
+            packed = torch.stack([torch.stack([self._sums[n], self._counts[n]]) for n in names])
+            for name, (total, count) in zip(names, accelerator.reduce(packed, "sum").tolist(), strict=True):
+                if count:
+                    result[name] = total / count
+        if self._maxima:
+            names = sorted(self._maxima)
+            gathered = accelerator.gather(torch.stack([self._maxima[n] for n in names]).unsqueeze(0))
+            for name, value in zip(names, gathered.amax(dim=0).tolist(), strict=True):
+                if math.isfinite(value):
+                    result[name.removeprefix("-")] = -value if name.startswith("-") else value
+        return result
+
+
+class Metrics:
+    """Named values that are averaged between two logs."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, values: dict[str, float]) -> None:
+        """Take one value a name."""
+        for name, value in values.items():
+            self._values[name].append(value)
+
+    def flush(self) -> dict[str, float | None]:
+        """Averages since the last flush; NaN values are left out, and a name with nothing else is None."""
+        averages: dict[str, float | None] = {}
+        for name, values in self._values.items():
+            valid = [v for v in values if not math.isnan(v)]
+            averages[name] = sum(valid) / len(valid) if valid else None
+        self._values.clear()
+        return averages
+
+
+class Clock:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time spent inside. Inside another phase, it is taken from that one."""
+        start, inner = time.perf_counter(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self.seconds[name] += elapsed - (sum(self.seconds.values()) - inner)
+
+    def flush(self) -> dict[str, float]:
+        """Seconds by phase since the last flush."""
+        seconds, self.seconds = dict(self.seconds), defaultdict(float)
+        return seconds
