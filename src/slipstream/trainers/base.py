@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ class OnlineTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | os.PathLike[str] | nn.Module,
         reward_funcs: Any = None,
         args: OnlineConfig | None = None,
         train_dataset: Any = None,
@@ -86,6 +87,7 @@ class OnlineTrainer(Trainer):
         quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
+        model = str(model) if isinstance(model, os.PathLike) else model
         args = self._default_args(model) if args is None else args
         _check_dataset("train_dataset", train_dataset)
         for name, dataset in _named_datasets(eval_dataset):

@@ -1,0 +1,35 @@
+"""One rank of a GRPO run, started by torchrun: trains a few steps and saves what came out as JSON and a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def digits(completions, **_):
+    return [sum(c.isdigit() for c in m[0]["content"]) / 8 for m in completions]
+
+
+def main() -> None:
+    from datasets import Dataset
+
+    from slipstream import GRPOConfig, GRPOTrainer
+
+    model, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    rows = [{"prompt": [{"role": "user", "content": f"{a}+{b}=?"}]} for a in range(8) for b in range(8)]
+    args = GRPOConfig(
+        output_dir=str(folder), use_vllm=True, vllm_max_model_length=64, max_completion_length=8, num_generations=4,
+        logging_steps=1, report_to=[], gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
+        html_report=False, optim="sgd", learning_rate=1.0, eval_temperature=0.0, num_generations_eval=1,
+        eval_strategy="steps", eval_steps=2, **settings,
+    )  # fmt: skip
+    trainer = GRPOTrainer(model, digits, args, Dataset.from_list(rows), Dataset.from_list(rows[:7]))
+    trainer.train()
+    trainer.save_model()
+    (folder / f"rank{args.process_index}.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Every wrong value is an error before anything loads, and says what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+
+from slipstream import GRPOConfig
+
+
+def config(**values):
+    return GRPOConfig(output_dir="unused", report_to=[], **values)
+
+
+def test_defaults_are_the_fields_documented_ones():
+    made = config()
+    assert (made.learning_rate, made.beta, made.epsilon, made.loss_type) == (1e-6, 0.0, 0.2, "dapo")
+    assert (made.num_generations, made.max_completion_length, made.temperature) == (8, 512, 1.0)
+    assert (made.vllm_mode, made.vllm_gpu_memory_utilization, made.use_vllm) == ("colocate", 0.3, False)
+    assert made.vllm_importance_sampling_mode == "sequence_mask"
+    assert made.vllm_importance_sampling_clip_max == 3.0
+    assert made.gradient_checkpointing is True
+    assert made.bf16 is False, "no accelerator, no bf16"
+    assert (made.generation_batch_size, made.steps_per_generation) == (8, 1)
+
+
+def test_generation_batch_follows_from_the_batch_sizes():
+    made = config(per_device_train_batch_size=4, gradient_accumulation_steps=6, num_generations=3)
+    assert (made.generation_batch_size, made.steps_per_generation) == (24, 6)
+    made = config(per_device_train_batch_size=4, generation_batch_size=16)
+    assert made.steps_per_generation == 4
+    assert config(per_device_train_batch_size=4, steps_per_generation=2).generation_batch_size == 8
+
+
+def test_a_config_survives_a_round_trip():
+    made = config(per_device_train_batch_size=16, steps_per_generation=2)
+    again = GRPOConfig(**{f: getattr(made, f) for f in ("output_dir", "per_device_train_batch_size")} | {
+        "generation_batch_size": made.generation_batch_size, "steps_per_generation": made.steps_per_generation,
+        "report_to": [],
+    })  # fmt: skip
+    assert again.generation_batch_size == made.generation_batch_size
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_generations": 1}, "num_generations=1 .*>= 2"),
+        ({"num_generations": 3}, "generation_batch_size=8 .*must be a multiple of num_generations=3"),
+        ({"generation_batch_size": 12}, "must be a multiple of per_device_train_batch_size"),
+        ({"generation_batch_size": 16, "steps_per_generation": 3}, "contradict each other"),
+        ({"temperature": 0}, r"temperature=0 .*> 0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 1.5}, r"top_p=1.5 .*<= 1"),
+        ({"top_k": -1}, r"top_k=-1 .*an integer >= 0"),
+        ({"max_completion_length": 0}, "max_completion_length=0 .*>= 1"),
+        ({"epsilon": -0.1}, "epsilon=-0.1 .*>= 0"),
+        ({"beta": -1}, "beta=-1 .*>= 0"),
+        ({"num_iterations": 0}, "num_iterations=0 .*>= 1"),
+        ({"loss_type": "dapp"}, "loss_type='dapp' is not one of 'dapo'.*Did you mean 'dapo'"),
+        ({"scale_rewards": "groups"}, "scale_rewards='groups' .*Did you mean 'group'"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level='word'"),
+        ({"vllm_mode": "remote"}, "vllm_mode='remote' is not one of 'colocate', 'server'"),
+        ({"vllm_model_impl": "hf"}, "vllm_model_impl='hf'"),
+        ({"vllm_sleep_level": 3}, "vllm_sleep_level=3"),
+        ({"vllm_gpu_memory_utilization": 0}, "vllm_gpu_memory_utilization=0 .*> 0"),
+        ({"vllm_importance_sampling_mode": "mask"}, "vllm_importance_sampling_mode='mask'"),
+        ({"vllm_importance_sampling_clip_min": 4.0}, "must be below vllm_importance_sampling_clip_max=3.0"),
+        ({"vllm_importance_sampling_clip_max": None}, "both None"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
+        ({"reward_timeout": 0}, "reward_timeout=0 .*> 0"),
+        ({"num_completions_to_print": 0}, "num_completions_to_print=0"),
+    ],
+)
+def test_wrong_values_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        config(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"loss_type": "grpo"}, {"delta": 2.0}, {"top_entropy_quantile": 0.2}, {"use_vllm": True, "vllm_mode": "server"}],
+)
+def test_what_is_not_there_yet_says_so(values):
+    with pytest.raises(NotImplementedError, match="not there yet"):
+        config(**values)
+
+
+def test_truncated_sampling_switches_the_correction_off_with_a_warning():
+    with pytest.warns(UserWarning, match="sampler correction is off"):
+        made = config(use_vllm=True, top_p=0.9)
+    assert made.vllm_importance_sampling_correction is False
+    assert made.sampling().logprobs is False
+
+
+def test_greedy_evaluation():
+    made = config(use_vllm=True, eval_temperature=0.0, top_k=0)
+    assert made.sampling(evaluation=True).temperature == 0
+    assert made.sampling(evaluation=True).logprobs is False
+    assert made.sampling().temperature == 1.0
+    assert made.sampling().logprobs is True
+
+
+def test_dictionaries_may_be_json():
+    made = config(vllm_engine_kwargs='{"max_num_batched_tokens": 512}')
+    assert made.vllm_engine_kwargs == {"max_num_batched_tokens": 512}
