@@ -1,0 +1,124 @@
+"""The command line: settings from YAML and options, reward functions by name, datasets from folders."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from slipstream import GRPOConfig
+from slipstream.commands.train import load_datasets, load_reward_function, parse_settings, read_settings
+
+NEEDED = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": "accuracy_reward", "output_dir": "o"}
+
+
+def slipstream(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "slipstream", *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+
+
+class TestSettings:
+    def test_options_override_the_file(self, tmp_path):
+        file = tmp_path / "run.yaml"
+        file.write_text("learning_rate: 1e-5\nmax_steps: 3\n")
+        settings = read_settings(file, ["--max-steps", "7", "--temperature=0.5", "--use_vllm", "--beta", "0.1"])
+        assert settings == {
+            "learning_rate": "1e-5", "max_steps": 7, "temperature": 0.5, "use_vllm": True, "beta": 0.1,
+        }  # fmt: skip
+
+    def test_values_reach_the_right_config(self):
+        run, args = parse_settings(NEEDED | {"learning_rate": "1e-5", "dtype": "bfloat16"}, GRPOConfig)
+        assert run.reward_funcs == ["accuracy_reward"]
+        assert args.learning_rate == 1e-5
+        assert args.model_init_kwargs == {"dtype": "bfloat16"}
+
+    def test_a_misspelt_setting_is_named(self):
+        with pytest.raises(ValueError, match=r"unknown settings: 'num_generation' \(did you mean 'num_generations'\?\)"):
+            parse_settings(NEEDED | {"num_generation": 4}, GRPOConfig)
+
+    @pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "reward_funcs"])
+    def test_what_a_run_needs_is_asked_for(self, name):
+        with pytest.raises(ValueError, match=f"{name} is missing: .*--{name}"):
+            parse_settings({k: v for k, v in NEEDED.items() if k != name}, GRPOConfig)
+
+    def test_a_file_that_is_not_there(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="there is no such file"):
+            read_settings(tmp_path / "none.yaml", [])
+
+    def test_a_stray_word_is_an_error(self):
+        with pytest.raises(ValueError, match="unexpected argument 'fast'"):
+            read_settings(None, ["fast"])
+
+
+class TestRewardNames:
+    def test_one_of_ours(self):
+        assert load_reward_function("accuracy_reward").__name__ == "accuracy_reward"
+
+    def test_a_file(self, tmp_path):
+        file = tmp_path / "mine.py"
+        file.write_text("def good(completions, **_):\n    return [1.0] * len(completions)\n")
+        assert load_reward_function(f"{file}:good")(["a"]) == [1.0]
+        with pytest.raises(ValueError, match="has no function 'bad'"):
+            load_reward_function(f"{file}:bad")
+        with pytest.raises(ValueError, match="there is no file"):
+            load_reward_function(f"{tmp_path}/other.py:good")
+
+    def test_a_module(self):
+        assert load_reward_function("json.dumps") is json.dumps
+        with pytest.raises(ValueError, match="module json has no function 'reward'"):
+            load_reward_function("json.reward")
+
+    def test_a_model(self):
+        assert load_reward_function("someone/reward-model") == "someone/reward-model"
+
+    def test_a_misspelt_one(self):
+        with pytest.raises(ValueError, match="did you mean 'accuracy_reward'"):
+            load_reward_function("acuracy_reward")
+
+
+class TestDatasets:
+    def write(self, folder, *splits):
+        for split in splits:
+            (folder / f"{split}.jsonl").write_text(json.dumps({"prompt": split, "solution": "1"}) + "\n")
+        return parse_settings(NEEDED | {"dataset_name": str(folder)}, GRPOConfig)[0]
+
+    def test_a_folder_of_splits(self, tmp_path):
+        train, test = load_datasets(self.write(tmp_path, "train", "test"), evaluates=True)
+        assert (train[0]["prompt"], test[0]["prompt"]) == ("train", "test")
+
+    def test_the_test_split_is_read_only_if_it_is_used(self, tmp_path):
+        config = self.write(tmp_path, "train")
+        assert load_datasets(config, evaluates=False)[1] is None
+        with pytest.raises(ValueError, match="there is no 'test' split"):
+            load_datasets(config, evaluates=True)
+
+
+class TestProgram:
+    def test_help_is_there_and_light(self):
+        done = slipstream("--help")
+        assert done.returncode == 0
+        assert "grpo" in done.stdout
+        assert "env" in done.stdout
+
+    def test_every_setting_can_be_listed(self):
+        done = slipstream("grpo", "--fields")
+        assert done.returncode == 0
+        for name in ("model_name_or_path", "vllm_gpu_memory_utilization", "epsilon_high", "learning_rate"):
+            assert name[:12] in done.stdout
+
+    def test_a_wrong_setting_is_one_line_not_a_traceback(self, tmp_path):
+        done = slipstream("grpo", "--output_dir", tmp_path, "--temperature", -1, "--model_name_or_path", "m",
+                          "--dataset_name", "d", "--reward_funcs", "accuracy_reward")  # fmt: skip
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1].startswith("slipstream grpo: temperature=-1 is not allowed")
+        assert "Traceback" not in done.stderr
+
+    def test_a_dry_run_checks_and_stops(self, tmp_path):
+        (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "a", "solution": "1"}) + "\n")
+        done = slipstream("grpo", "--dry-run", "--output_dir", tmp_path, "--model_name_or_path", "m",
+                          "--dataset_name", tmp_path, "--reward_funcs", "accuracy_reward")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "1 training rows" in done.stdout
