@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,11 +120,11 @@ class TestColocate:
         assert counted == sorted(counted)
 
     def test_completions_and_report_are_written(self, run):
-        rows = [json.loads(line) for line in open(f"{run.args.output_dir}/completions.jsonl")]
+        rows = [json.loads(line) for line in (Path(run.args.output_dir) / "completions.jsonl").open()]
         assert {r["mode"] for r in rows} == {"train", "eval"}
         assert all(r["weight_version"] == r["step"] - 1 for r in rows if r["mode"] == "train")
         assert all(r["weight_version"] == r["step"] for r in rows if r["mode"] == "eval")
-        page = open(f"{run.args.output_dir}/report.html").read()
+        page = (Path(run.args.output_dir) / "report.html").read_text()
         assert "0+0=?" in page or "1+1=?" in page
 
     def test_the_saved_model_loads(self, run):

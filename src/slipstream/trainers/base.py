@@ -151,7 +151,7 @@ class OnlineTrainer(Trainer):
         title = (
             f"{type(self).__name__.removesuffix('Trainer')}: {getattr(policy.config, '_name_or_path', '') or 'model'}"
         )
-        self.journal = journal.install(self, self.rewards.names, self.renderer.text, title)
+        self.progress, self.journal = journal.install(self, self.rewards.names, self.renderer.text, title)
         self.rewards_are_binary = False
 
     # What an algorithm brings ------------------------------------------------------------------------------------
@@ -175,10 +175,20 @@ class OnlineTrainer(Trainer):
         """Whether log-probabilities under the initial policy are needed."""
         return bool(getattr(args, "beta", 0.0))
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers.Trainer does; see there for the arguments."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # Gives the terminal back also when training fails.
+            self.progress.close()
+
     # One step ----------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Slot, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """Take part in an optimizer step; the last of its calls samples, scores and learns. Returns the loss."""
+        if not self._slots:
+            self._step_started = time.perf_counter()
         self._slots.append(inputs)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -407,8 +417,7 @@ class OnlineTrainer(Trainer):
         return metrics | tally.reduce(self.accelerator)
 
     def _finish_step(self, metrics: dict[str, float]) -> None:
-        now = time.perf_counter()
-        metrics["step_time"], self._step_started = now - self._step_started, now
+        metrics["step_time"] = time.perf_counter() - self._step_started
         metrics |= {f"time/{phase}": seconds for phase, seconds in self.clock.flush().items()}
         if torch.cuda.is_available():
             metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30

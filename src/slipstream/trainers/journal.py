@@ -104,15 +104,17 @@ class Journal(TrainerCallback):
         )
 
 
-def install(trainer: Trainer, names: Sequence[str], render: Any, title: str) -> Journal | None:
-    """Put our progress bar, table and report in the place of transformers' bar, on the main process."""
+def install(
+    trainer: Trainer, names: Sequence[str], render: Any, title: str
+) -> tuple[ProgressReporter, Journal | None]:
+    """Put our progress bar in the place of transformers'; only the main process keeps a journal."""
     args: Any = trainer.args
     progress = ProgressReporter()
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
     if not trainer.is_world_process_zero():
-        return None
+        return progress, None
     journal = Journal(args, names, render, progress, title)
     trainer.add_callback(journal)
-    return journal
+    return progress, journal
