@@ -32,7 +32,7 @@ def number(
         for limit, text in ((least, f">= {least}"), (above, f"> {above}"), (most, f"<= {most}"))
         if limit is not None
     ]
-    allowed = " and ".join([kind, *bounds]) if not bounds else f"{kind} {' and '.join(bounds)}"
+    allowed = f"{kind} {' and '.join(bounds)}".rstrip()
     right_type = isinstance(value, int if integer else int | float) and not isinstance(value, bool)
     if (
         not right_type

@@ -19,6 +19,11 @@ SAMPLER_CORRECTIONS = (
     "sequence_geometric_truncate",
     "sequence_geometric_mask",
 )
+# Arguments in generation_kwargs that leave the probabilities of tokens as they are.
+NEUTRAL_SAMPLING = {
+    "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens",
+    "spaces_between_special_tokens", "detokenize",
+}  # fmt: skip
 
 
 def option(default: Any, help: str) -> Any:
@@ -41,10 +46,10 @@ class OnlineConfig(TrainingArguments):
     learning_rate: float = option(1e-6, "Initial learning rate of AdamW.")
     logging_steps: float = option(10, "Log every so many optimizer steps (below 1: a share of all steps).")
     gradient_checkpointing: bool = option(True, "Trade compute for memory by recomputing activations.")
-    bf16: bool | None = option(
+    bf16: bool | None = option(  # type: ignore[assignment]
         None, "bfloat16 mixed precision. None: on where an accelerator supports it, off on a CPU or with fp16."
     )
-    remove_unused_columns: bool | None = option(
+    remove_unused_columns: bool | None = option(  # type: ignore[assignment]
         False, "Whether to drop dataset columns; they are kept, since reward functions read them."
     )
 
@@ -139,6 +144,12 @@ class OnlineConfig(TrainingArguments):
         number("reward_timeout", self.reward_timeout, above=0)
         if self.num_completions_to_print is not None:
             number("num_completions_to_print", self.num_completions_to_print, least=1, integer=True)
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} devices in one process: transformers would copy the model to each for every forward "
+                "pass, which cannot work here. Start one process a device with `accelerate launch` or `torchrun`, or "
+                "use a single device: CUDA_VISIBLE_DEVICES=0."
+            )
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size=True is not supported: a smaller batch would cut groups of completions apart. "
@@ -170,10 +181,10 @@ class OnlineConfig(TrainingArguments):
                 f"correction {self.vllm_importance_sampling_mode!r} has no bound: set at least one of them, or "
                 "vllm_importance_sampling_correction=False."
             )
-        if self.use_vllm and self.vllm_importance_sampling_correction and self._truncates:
+        if self.use_vllm and self.vllm_importance_sampling_correction and self._reshaping:
             warnings.warn(
-                "top_p, top_k, min_p or repetition_penalty changes the distribution that tokens are sampled from, and "
-                "the trainer scores them under the unchanged one: sampler correction is off in this run. Set "
+                f"{', '.join(self._reshaping)} changes the distribution that tokens are sampled from, and the trainer "
+                "scores them under the unchanged one: sampler correction is off in this run. Set "
                 "vllm_importance_sampling_correction=False to say so yourself.",
                 UserWarning,
                 stacklevel=4,
@@ -189,9 +200,17 @@ class OnlineConfig(TrainingArguments):
             check_sleep_supported()
 
     @property
-    def _truncates(self) -> bool:
-        """Whether tokens are sampled from another distribution than softmax(logits / temperature)."""
-        return self.top_p < 1 or self.top_k > 0 or bool(self.min_p) or self.repetition_penalty != 1
+    def _reshaping(self) -> list[str]:
+        """Settings that make the engine sample from another distribution than softmax(logits / temperature)."""
+        active = {
+            "top_p": self.top_p < 1,
+            "top_k": self.top_k > 0,
+            "min_p": bool(self.min_p),
+            "repetition_penalty": self.repetition_penalty != 1,
+            "vllm_structured_outputs_regex": self.vllm_structured_outputs_regex is not None,
+            "generation_kwargs": not set(self.generation_kwargs or {}) <= NEUTRAL_SAMPLING,
+        }
+        return [name for name, on in active.items() if on]
 
     def _resolve_batch_sizes(self) -> None:
         a_step = self.per_device_train_batch_size * self.world_size
@@ -239,9 +258,9 @@ class OnlineConfig(TrainingArguments):
             top_k=self.top_k,
             min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty,
-            # A greedy distribution is a point, and a truncated one is not the trainer's: such log-probabilities cannot
-            # be compared with it.
-            logprobs=self.use_vllm and temperature > 0 and not self._truncates,
+            # The trainer scores at its own temperature and without filters: log-probabilities under any other
+            # distribution cannot be compared with its.
+            logprobs=self.use_vllm and temperature == self.temperature and not self._reshaping,
             regex=self.vllm_structured_outputs_regex,
             extra=dict(self.generation_kwargs or {}),  # type: ignore[arg-type]
         )

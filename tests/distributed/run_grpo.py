@@ -20,9 +20,9 @@ def main() -> None:
     rows = [{"prompt": [{"role": "user", "content": f"{a}+{b}=?"}]} for a in range(8) for b in range(8)]
     args = GRPOConfig(
         output_dir=str(folder), use_vllm=True, vllm_max_model_length=64, max_completion_length=8, num_generations=4,
-        logging_steps=1, report_to=[], gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
+        logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
         html_report=False, optim="sgd", learning_rate=1.0, eval_temperature=0.0, num_generations_eval=1,
-        eval_strategy="steps", eval_steps=2, **settings,
+        eval_strategy="steps", eval_steps=2, **{"gradient_checkpointing": False} | settings,
     )  # fmt: skip
     trainer = GRPOTrainer(model, digits, args, Dataset.from_list(rows), Dataset.from_list(rows[:7]))
     trainer.train()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from slipstream import GRPOConfig
-from slipstream.commands.train import load_datasets, load_reward_function, parse_settings, read_settings
+from slipstream.commands.train import _conclude, load_datasets, load_reward_function, parse_settings, read_settings
 
 NEEDED = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": "accuracy_reward", "output_dir": "o"}
 
@@ -94,6 +95,30 @@ class TestDatasets:
         assert load_datasets(config, evaluates=False)[1] is None
         with pytest.raises(ValueError, match="there is no 'test' split"):
             load_datasets(config, evaluates=True)
+
+
+class TestConclusion:
+    def conclude(self, capsys, *entries, binary=True):
+        trainer = SimpleNamespace(
+            rewards=SimpleNamespace(names=["right"]), rewards_are_binary=binary,
+            state=SimpleNamespace(
+                log_history=[{"step": s, "eval_rewards/right/mean": v} for s, v in entries], num_input_tokens_seen=9
+            ),
+            args=SimpleNamespace(output_dir="out", html_report=False),
+        )  # fmt: skip
+        _conclude(trainer, 12.3, steps=20)
+        return capsys.readouterr().out.splitlines()[-1]
+
+    def test_before_and_after(self, capsys):
+        assert self.conclude(capsys, (0, 0.25), (10, 0.5), (20, 0.75)) == "held-out accuracy 0.25 -> 0.75 in 12 s"
+        assert self.conclude(capsys, (0, 0.2), (20, 0.7), binary=False) == "held-out reward (right) 0.20 -> 0.70 in 12 s"
+
+    def test_an_evaluation_after_training_alone_is_not_a_before(self, capsys):
+        assert self.conclude(capsys, (20, 0.75)) == "held-out accuracy 0.75 in 12 s"
+        assert self.conclude(capsys, (10, 0.5), (20, 0.75)) == "held-out accuracy 0.75 in 12 s"
+
+    def test_without_an_evaluation(self, capsys):
+        assert self.conclude(capsys) == "trained 20 steps in 12 s"
 
 
 class TestProgram:

@@ -84,11 +84,39 @@ def test_what_is_not_there_yet_says_so(values):
         config(**values)
 
 
-def test_truncated_sampling_switches_the_correction_off_with_a_warning():
-    with pytest.warns(UserWarning, match="sampler correction is off"):
-        made = config(use_vllm=True, top_p=0.9)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_p": 0.9},
+        {"vllm_structured_outputs_regex": "[0-9]+"},
+        {"generation_kwargs": {"presence_penalty": 0.5}},
+        {"generation_kwargs": '{"min_tokens": 4}'},
+    ],
+)
+def test_truncated_sampling_switches_the_correction_off_with_a_warning(values):
+    with pytest.warns(UserWarning, match=f"{next(iter(values))}.*sampler correction is off"):
+        made = config(use_vllm=True, **values)
     assert made.vllm_importance_sampling_correction is False
     assert made.sampling().logprobs is False
+
+
+def test_stopping_early_is_no_other_distribution():
+    made = config(use_vllm=True, generation_kwargs={"stop": ["</answer>"], "include_stop_str_in_output": True})
+    assert made.vllm_importance_sampling_correction is True
+    assert made.sampling().logprobs is True
+
+
+def test_evaluating_at_another_temperature_is_not_corrected():
+    """The trainer scores at its own temperature; the engine's log-probabilities would be at another one."""
+    made = config(use_vllm=True, temperature=1.0, eval_temperature=0.5)
+    assert made.sampling(evaluation=True).logprobs is False
+    assert config(use_vllm=True, temperature=0.5, eval_temperature=0.5).sampling(evaluation=True).logprobs is True
+
+
+def test_one_process_does_not_spread_over_several_devices(monkeypatch):
+    monkeypatch.setattr(GRPOConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"2 devices in one process.*accelerate launch"):
+        config()
 
 
 def test_greedy_evaluation():

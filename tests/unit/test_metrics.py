@@ -37,6 +37,14 @@ def test_extremes_over_micro_batches():
     assert tally.reduce(OneRank()) == {"high": 3.0, "low": -1.0}
 
 
+def test_extremes_leave_out_what_has_no_weight():
+    tally = Tally()
+    tally.max("high", torch.tensor([1.0, 9.0]), torch.tensor([2.0, 0.0]))
+    tally.min("low", torch.tensor([1.0, -9.0]), torch.tensor([2.0, 0.0]))
+    tally.min("none", torch.tensor([1.0]), torch.tensor([0.0]))
+    assert tally.reduce(OneRank()) == {"high": 1.0, "low": 1.0}
+
+
 def test_nothing_tallied_is_left_out():
     tally = Tally()
     tally.mean("a", torch.tensor([1.0]), torch.tensor([0.0]))

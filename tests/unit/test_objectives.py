@@ -153,6 +153,15 @@ def test_correction_of_equal_probabilities_is_one_and_constant():
     assert correction.changed.sum() == 0
 
 
+def test_tokens_outside_the_mask_have_ratio_one_whatever_the_sampler_said():
+    logps, sampler = torch.zeros(4), torch.tensor([0.0, torch.nan, -torch.inf, -0.5])
+    rows, mask = torch.tensor([0, 0, 1, 2]), torch.tensor([1.0, 0.0, 0.0, 1.0])
+    for mode in MODES:
+        correction = sampler_correction(logps, sampler, mask, rows, 3, mode, None, 3.0)
+        assert correction.weights_N.tolist() == pytest.approx([1, 1, 1, math.exp(0.5)])
+        assert correction.counts.tolist() == ([1, 0, 0, 1] if mode.startswith("token") else [1, 0, 1])
+
+
 def test_huge_ratios_are_masked_without_infinities():
     logps, rows = torch.full((200,), 10.0), torch.zeros(200, dtype=torch.long)
     for mode in MODES:

@@ -153,6 +153,13 @@ class TestRewards:
             RewardRunner([never], [None], timeout=0.05).score(rollouts(1))
         assert not [t for t in threading.enumerate() if t.name.startswith("rewards")]
 
+    def test_a_functions_own_timeout_is_not_taken_for_ours(self):
+        async def asks_a_server(completions, **_):
+            raise TimeoutError("the judge did not answer")
+
+        with pytest.raises(TimeoutError, match="the judge did not answer"):
+            RewardRunner([asks_a_server], [None]).score(rollouts(1))
+
     @pytest.mark.parametrize(
         ("returned", "message"),
         [

@@ -248,12 +248,14 @@ def _conclude(trainer: Any, seconds: float, steps: int) -> None:
     line = f"trained {steps} steps in {seconds:.0f} s"
     if evaluations:
         name = f"eval_rewards/{trainer.rewards.names[0]}/mean"
-        before, after = evaluations[0][name], evaluations[-1][name]
         # Rewards of 0 and 1 are right and wrong answers; their mean is an accuracy.
         kind = "accuracy" if trainer.rewards_are_binary else f"reward ({trainer.rewards.names[0]})"
-        line = f"held-out {kind} {before:.2f} -> {after:.2f} in {seconds:.0f} s"
+        found = {"after": evaluations[-1][name]}
+        if evaluations[0]["step"] == 0:
+            found = {"before": evaluations[0][name]} | found
+        line = f"held-out {kind} {' -> '.join(f'{v:.2f}' for v in found.values())} in {seconds:.0f} s"
         if trainer.rewards_are_binary:
-            summary = {"accuracy_before": before, "accuracy_after": after} | summary
+            summary = {f"accuracy_{when}": value for when, value in found.items()} | summary
     print(f"model:  {trainer.args.output_dir}")
     if trainer.args.html_report:
         print(f"report: {trainer.write_report(summary)}")

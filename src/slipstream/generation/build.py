@@ -36,7 +36,9 @@ def build_engine(
         from slipstream.generation.transformers import TransformersEngine
 
         pad = getattr(tokenizer, "tokenizer", tokenizer).pad_token_id
-        return TransformersEngine(policy, pad_token_id=pad, eos_token_ids=sorted(eos_token_ids), seed=config.seed + rank)
+        return TransformersEngine(
+            policy, pad_token_id=pad, eos_token_ids=sorted(eos_token_ids), seed=config.seed + rank
+        )
     from slipstream.generation.colocate import ColocateEngine
 
     assert config.steps_per_generation is not None

@@ -76,8 +76,8 @@ class Engine(Protocol):
         """Free accelerator memory: 1 keeps the weights in host memory, 2 drops them (an update must follow `wake`)."""
         ...
 
-    def wake(self) -> None:
-        """Take the memory back."""
+    def wake(self, tags: Sequence[str] | None = None) -> None:
+        """Take the memory back: all of it, or in parts, first "weights", then "kv_cache"."""
         ...
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Any
 
@@ -105,11 +106,12 @@ def load_reward(function: Any, tokenizer: Any, device: torch.device) -> tuple[Re
     if isinstance(function, str):
         function = AutoModelForSequenceClassification.from_pretrained(function, num_labels=1)
     if isinstance(function, nn.Module):
+        config: Any = function.config
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(function.config._name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(config._name_or_path)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        function.config.pad_token_id = tokenizer.pad_token_id
+        config.pad_token_id = tokenizer.pad_token_id
         return function.to(device).eval(), tokenizer
     if not callable(function):
         raise TypeError(
@@ -120,7 +122,8 @@ def load_reward(function: Any, tokenizer: Any, device: torch.device) -> tuple[Re
 
 def _name(function: Any) -> str:
     if isinstance(function, nn.Module):
-        return str(function.config._name_or_path).rstrip("/").split("/")[-1] or type(function).__name__
+        config: Any = function.config
+        return str(config._name_or_path).rstrip("/").split("/")[-1] or type(function).__name__
     while hasattr(function, "func"):  # functools.partial
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
@@ -134,20 +137,22 @@ def _is_async(function: Any) -> bool:
 
 def _run_async(coroutines: list[Any], timeout: float, functions: list[Any]) -> list[Any]:
     async def all_of_them() -> list[Any]:
-        return await asyncio.wait_for(asyncio.gather(*coroutines), timeout)
+        deadline = asyncio.timeout(timeout)
+        try:
+            async with deadline:
+                return await asyncio.gather(*coroutines)
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise  # one of the functions' own
+            names = ", ".join(_name(f) for f in functions)
+            raise TimeoutError(
+                f"the asynchronous reward functions ({names}) were not done after reward_timeout={timeout} seconds: "
+                "raise reward_timeout, or give their requests a shorter one."
+            ) from error
 
-    try:
-        # A loop in a thread of its own: the caller may already have one running (a notebook has).
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
-            return pool.submit(asyncio.run, all_of_them()).result()
-    except TimeoutError as error:
-        names = ", ".join(_name(f) for f in functions)
-        raise TimeoutError(
-            f"the asynchronous reward functions ({names}) were not done after reward_timeout={timeout} seconds: raise "
-            "reward_timeout, or give their requests a shorter one."
-        ) from error
+    # A loop in a thread of its own: the caller may already have one running (a notebook has).
+    with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
+        return pool.submit(asyncio.run, all_of_them()).result()
 
 
 def _checked(name: str, values: Any, expected: int) -> list[float | None]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -21,27 +23,13 @@ from slipstream.generation.build import build_engine
 from slipstream.generation.engine import Request
 from slipstream.modeling.logprobs import PolicyOutput, score_tokens
 from slipstream.modeling.packing import Packer
-from slipstream.objectives.advantages import combine_rewards, nanstd
 from slipstream.records import MicroBatch, Rollout, StepTotals
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.rewards import RewardRunner, load_reward
 from slipstream.rollouts.sampler import PromptSampler, Slot, prompt_seed
-from slipstream.trainers import journal, loading
-from slipstream.trainers.metrics import Clock, Metrics, Tally
+from slipstream.trainers import inputs, journal, loading
+from slipstream.trainers.metrics import Clock, Metrics, Tally, length_metrics, mean_by_name, reward_metrics
 from slipstream.weights.export import named_tensors
-
-
-class _Positions:
-    """A dataset as its positions: rows are read when their prompts are sampled, not by the data loader."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, item: Any) -> Any:
-        return item
 
 
 class OnlineTrainer(Trainer):
@@ -89,10 +77,9 @@ class OnlineTrainer(Trainer):
     ) -> None:
         model = str(model) if isinstance(model, os.PathLike) else model
         args = self._default_args(model) if args is None else args
-        _check_dataset("train_dataset", train_dataset)
-        for name, dataset in _named_datasets(eval_dataset):
-            _check_dataset(name, dataset)
-        functions, tokenizers = _reward_lists(reward_funcs, reward_processing_classes, args)
+        inputs.check_datasets("train_dataset", train_dataset)
+        inputs.check_datasets("eval_dataset", eval_dataset)
+        functions, tokenizers = inputs.reward_lists(reward_funcs, reward_processing_classes, args)
         if train_dataset is not None:
             self._sampler = self._make_sampler(args, len(train_dataset))
 
@@ -109,16 +96,13 @@ class OnlineTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=_first,
+            data_collator=inputs.first,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # The loss is normalized over the whole optimizer step here; transformers must not divide it again.
-        self.model_accepts_loss_kwargs = True
-
         self.reference = reference and self.accelerator.prepare_model(reference, evaluation_mode=True)
         loaded = [load_reward(f, t, self.accelerator.device) for f, t in zip(functions, tokenizers, strict=True)]
         self.rewards = RewardRunner([f for f, _ in loaded], [t for _, t in loaded], args.reward_timeout)
@@ -163,7 +147,8 @@ class OnlineTrainer(Trainer):
         """
         raise NotImplementedError
 
-    def objective(self, output: PolicyOutput, batch: MicroBatch, tally: Tally) -> Tensor:
+    # (transformers has an attribute of this name that only its hyperparameter search uses.)
+    def objective(self, output: PolicyOutput, batch: MicroBatch, tally: Tally) -> Tensor:  # type: ignore[override]
         """The loss of one micro-batch, normalized so that the micro-batches of an optimizer step add up.
 
         Gradients are averaged over ranks afterwards. Metrics go to `tally`.
@@ -177,6 +162,8 @@ class OnlineTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers.Trainer does; see there for the arguments."""
+        # A run before this one may have been stopped anywhere; its last rollouts are not this run's.
+        self._slots, self._batch, self.metrics = [], None, Metrics()
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -185,19 +172,30 @@ class OnlineTrainer(Trainer):
 
     # One step ----------------------------------------------------------------------------------------------------
 
-    def training_step(self, model: nn.Module, inputs: Slot, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+    def training_step(self, model: nn.Module, slot: Slot, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """Take part in an optimizer step; the last of its calls samples, scores and learns. Returns the loss."""
         if not self._slots:
             self._step_started = time.perf_counter()
-        self._slots.append(inputs)
+        self._slots.append(slot)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         slots, self._slots = self._slots, []
+        self._set_training(True)
         rollouts = [rollout for slot in slots for rollout in self._rollouts(slot)]
         with self.clock.phase("train"):
             loss, metrics = self._learn(model, rollouts)
         self._finish_step(metrics)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return loss
+
+    def _set_training(self, training: bool) -> None:
+        """Put the policy into training or evaluation mode, and an optimizer that has modes (a schedule-free one)."""
+        self.model_wrapped.train(training)
+        set_mode = getattr(self.optimizer, "train" if training else "eval", None)
+        if callable(set_mode):
+            set_mode()
 
     def _rollouts(self, slot: Slot) -> list[Rollout]:
         """This rank's rows of a slot; the first slot of a generation batch samples it."""
@@ -224,7 +222,7 @@ class OnlineTrainer(Trainer):
             number += count
         seed = (self.args.seed, "train", slot.epoch, slot.batch)
         rollouts = self._generate(self.train_dataset, wanted, seed, evaluation=False)
-        metrics = self._score(rollouts, size) | self._length_metrics(rollouts)
+        metrics = self._score(rollouts, size) | length_metrics(rollouts, self.accelerator)
         tokens = torch.tensor(sum(len(r.prompt.ids) + len(r.completion.ids) for r in rollouts), dtype=torch.float64)
         total = self.accelerator.reduce(tokens.to(self.accelerator.device), "sum")
         self.state.num_input_tokens_seen += int(total.item())
@@ -282,24 +280,31 @@ class OnlineTrainer(Trainer):
         first = self.accelerator.process_index * len(rollouts)
         for rollout, advantage in zip(rollouts, advantages_R[first : first + len(rollouts)].tolist(), strict=True):
             rollout.advantage = advantage
-        metrics = self._reward_metrics(every_RF[self.accelerator.gather(counts)], group_size)
-        return metrics | self._logged_by_rewards(pending)
+        counted_RF = every_RF[self.accelerator.gather(counts)]
+        metrics = reward_metrics(counted_RF, self.reward_weights_F, self.rewards.names, group_size)
+        return metrics | mean_by_name(pending)
 
     def _learn(self, model: nn.Module, rollouts: list[Rollout]) -> tuple[Tensor, dict[str, float]]:
         """Forward and backward over the rows of an optimizer step."""
-        model.train()
         totals = self._totals(rollouts)
         tally = Tally()
+        versions = [r.completion.weight_version for r in rollouts]
+        staleness = self.state.global_step - torch.tensor(versions, dtype=torch.float32, device=self.args.device)
+        tally.mean("staleness/mean", staleness)
+        tally.max("staleness/max", staleness)
+        # DeepSpeed would divide by gradient_accumulation_steps, and holds gradients back in a way of its own.
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        options = {"scale_wrt_gas": False} if deepspeed else {}
         loss = torch.zeros((), device=self.args.device)
         micro_batches = list(self.packer.pack(rollouts, totals))
         for i, batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             # Ranks exchange gradients once, in the last backward pass.
             self.accelerator.gradient_state._set_sync_gradients(last)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if last or deepspeed else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     part = self.objective(self._policy(model, batch), batch, tally)
-                self.accelerator.backward(part)
+                self.accelerator.backward(part, **options)
             loss += part.detach()
             self._step_flops += 6 * batch.input_ids_BT.numel() * self._parameters
         return loss, tally.reduce(self.accelerator)
@@ -316,12 +321,20 @@ class OnlineTrainer(Trainer):
 
     @torch.no_grad()
     def _annotate(self, model: nn.Module, rollouts: Sequence[Rollout], name: str) -> None:
-        """Give each rollout its log-probabilities under `model` as it is now, as `extra[name]`."""
-        with self.clock.phase("train"), self.compute_loss_context_manager():
-            for batch in self.packer.pack(rollouts, StepTotals(0, 1.0, 1)):
-                output = self._policy(model, batch, entropies=False)
-                for rollout, logps in zip(batch.rollouts, batch.split_rows(output.logps_N), strict=True):
-                    rollout.extra[name] = logps
+        """Give each rollout its log-probabilities under `model` as it is now, as `extra[name]`.
+
+        In evaluation mode: the engine samples without dropout too, and nothing has to be recomputed.
+        """
+        was_training = model.training
+        model.eval()
+        try:
+            with self.clock.phase("train"), self.compute_loss_context_manager():
+                for batch in self.packer.pack(rollouts, StepTotals(0, 1.0, 1)):
+                    output = self._policy(model, batch, entropies=False)
+                    for rollout, logps in zip(batch.rollouts, batch.split_rows(output.logps_N), strict=True):
+                        rollout.extra[name] = logps
+        finally:
+            model.train(was_training)
 
     def _annotate_reference(self, rollouts: Sequence[Rollout]) -> None:
         if self.reference is not None:
@@ -346,12 +359,17 @@ class OnlineTrainer(Trainer):
         with self.clock.phase("wait"):
             # In two parts: while the weights arrive, the cache's memory is still the trainer's.
             self.engine.wake(["weights"])
-        self.push_weights()
-        with self.clock.phase("wait"):
-            self.engine.wake(["kv_cache"])
-        yield
-        with self.clock.phase("wait"):
-            self.engine.sleep(self.args.vllm_sleep_level)
+        try:
+            try:
+                self.push_weights()
+            finally:
+                # Also when that failed: an engine that is half awake cannot be put to sleep.
+                with self.clock.phase("wait"):
+                    self.engine.wake(["kv_cache"])
+            yield
+        finally:
+            with self.clock.phase("wait"):
+                self.engine.sleep(self.args.vllm_sleep_level)
 
     def push_weights(self) -> None:
         """Send the policy's weights to the engine, if they have changed since the last time."""
@@ -374,47 +392,6 @@ class OnlineTrainer(Trainer):
         self.engine.close()
 
     # Metrics -----------------------------------------------------------------------------------------------------
-
-    def _reward_metrics(self, rewards_RF: Tensor, group_size: int) -> dict[str, float]:
-        total_R = combine_rewards(rewards_RF, self.reward_weights_F)
-        stds = nanstd(total_R.view(-1, group_size), dim=1)
-        metrics = {
-            "reward": total_R.nanmean().item(),
-            "reward_std": nanstd(total_R, dim=0).item(),
-            "frac_reward_zero_std": torch.isclose(stds, torch.zeros_like(stds)).float().mean().item(),
-        }
-        for i, name in enumerate(self.rewards.names):
-            metrics[f"rewards/{name}/mean"] = rewards_RF[:, i].nanmean().item()
-            metrics[f"rewards/{name}/std"] = nanstd(rewards_RF[:, i], dim=0).item()
-        return metrics
-
-    def _logged_by_rewards(self, pending: dict[str, list[float]]) -> dict[str, float]:
-        """Averages over ranks of what reward functions passed to `log_metric`."""
-        everyone = [pending]
-        if self.accelerator.num_processes > 1:
-            everyone = [{} for _ in range(self.accelerator.num_processes)]
-            torch.distributed.all_gather_object(everyone, pending)
-        names = sorted({name for one in everyone for name in one})
-        values = {name: [v for one in everyone for v in one.get(name, [])] for name in names}
-        return {name: sum(v) / len(v) for name, v in values.items()}
-
-    def _length_metrics(self, rollouts: Sequence[Rollout], real: int | None = None) -> dict[str, float]:
-        tally = Tally()
-        kept = rollouts[: len(rollouts) if real is None else real]
-        device = self.accelerator.device
-        lengths = torch.tensor([len(r.completion.ids) for r in kept], dtype=torch.float32, device=device)
-        truncated = torch.tensor([r.truncated for r in kept], dtype=torch.float32, device=device)
-        terminated = lengths[truncated == 0]
-        for kind, values in (("", lengths), ("_terminated", terminated)):
-            tally.mean(f"completions/mean{kind}_length", values)
-            tally.min(f"completions/min{kind}_length", values)
-            tally.max(f"completions/max{kind}_length", values)
-        tally.mean("completions/clipped_ratio", truncated)
-        versions = torch.tensor([r.completion.weight_version for r in kept], dtype=torch.float32, device=device)
-        tally.mean("staleness/mean", self.state.global_step - versions)
-        tally.max("staleness/max", self.state.global_step - versions)
-        metrics = dict.fromkeys((f"completions/{k}_terminated_length" for k in ("mean", "min", "max")), 0.0)
-        return metrics | tally.reduce(self.accelerator)
 
     def _finish_step(self, metrics: dict[str, float]) -> None:
         metrics["step_time"] = time.perf_counter() - self._step_started
@@ -441,7 +418,7 @@ class OnlineTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Sample completions for every row in one go, score them, and compute the loss without a gradient."""
-        dataset = dataloader.dataset.dataset  # type: ignore[attr-defined]
+        dataset = inputs.loaded_dataset(dataloader)
         size = self.args.num_generations_eval or self.args.num_generations
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         # Every rank takes equally many rows, so that collectives match; the surplus at the end does not count.
@@ -449,10 +426,10 @@ class OnlineTrainer(Trainer):
         rows = range(rank * share, (rank + 1) * share)
         real = max(0, min(share, len(dataset) - rank * share)) * size
         wanted = [(row % len(dataset), 0, size) for row in rows]
-        was_training = self.model.training
-        self.model.eval()
+        was_training = self.model_wrapped.training
+        self._set_training(False)
         rollouts = self._generate(dataset, wanted, (self.args.seed, "eval"), evaluation=True)
-        metrics = self._score(rollouts, size, real) | self._length_metrics(rollouts, real)
+        metrics = self._score(rollouts, size, real) | length_metrics(rollouts[:real], self.accelerator)
         self.rewards_are_binary = all(r.rewards[0] in (0.0, 1.0, None) for r in rollouts[:real])
         for rollout in rollouts[real:]:
             rollout.in_loss = False
@@ -466,7 +443,7 @@ class OnlineTrainer(Trainer):
         # The objective is made for gradients that are averaged over ranks.
         metrics["loss"] = self.accelerator.reduce(loss, "mean").item()
         metrics |= tally.reduce(self.accelerator)
-        self.model.train(was_training)
+        self.model_wrapped.train(was_training)
         self.clock.flush()
         if self.journal:
             self.journal.take(rollouts[:real], self.state.global_step, "eval", self._extra)
@@ -507,7 +484,9 @@ class OnlineTrainer(Trainer):
         """Slots, not rows: every rank walks through all of them and takes its share of each generation batch."""
         if self.train_dataset is None:
             raise ValueError("train_dataset=None: pass the prompts to train on.")
-        return DataLoader(_Positions(self.train_dataset), batch_sampler=self._sampler, collate_fn=_first)  # type: ignore[arg-type]
+        # Made anew for each run: the dataset may have been replaced.
+        self._sampler = self._make_sampler(self.args, len(self.train_dataset))  # type: ignore[arg-type]
+        return inputs.SlotLoader(self.train_dataset, self._sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The rows of an evaluation dataset (given, or named among those of the constructor), not yet rendered."""
@@ -516,14 +495,22 @@ class OnlineTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("eval_dataset=None: pass the prompts to evaluate on.")
-        _check_dataset("eval_dataset", dataset)
-        return DataLoader(_Positions(dataset), batch_size=1, collate_fn=_first)  # type: ignore[arg-type]
+        inputs.check_datasets("eval_dataset", dataset)
+        return inputs.evaluation_loader(dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """The rows that `predict` is given; it samples and scores them as `evaluate` does."""
+        inputs.check_datasets("test_dataset", test_dataset)
+        return inputs.evaluation_loader(test_dataset)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
         """The slots of one optimizer step."""
         return [slot for _, slot in zip(range(num_batches), epoch_iterator, strict=False)], None
 
-    def floating_point_ops(self, inputs: Any) -> int:
+    def _track_num_input_tokens(self, slot: Any) -> None:
+        """Nothing: tokens are counted when they are sampled, whatever `include_num_input_tokens_seen` says."""
+
+    def floating_point_ops(self, slot: Any) -> int:
         """Operations of the last optimizer step: six for each parameter and token, counted once a step."""
         operations, self._step_flops = self._step_flops, 0
         return operations
@@ -534,51 +521,6 @@ class OnlineTrainer(Trainer):
         return self.config_class(output_dir=f"{str(name).rstrip('/').split('/')[-1]}-{algorithm}")
 
 
-def _first(batch: list[Any]) -> Any:
-    return batch[0]
-
-
 def _tokenizer_of(processing_class: Any) -> Any:
     """A processor's tokenizer, or the tokenizer itself."""
     return getattr(processing_class, "tokenizer", processing_class)
-
-
-def _named_datasets(dataset: Any) -> list[tuple[str, Any]]:
-    if dataset is None:
-        return []
-    if isinstance(dataset, dict):
-        return [(f"eval_dataset[{name!r}]", one) for name, one in dataset.items()]
-    return [("eval_dataset", dataset)]
-
-
-def _check_dataset(name: str, dataset: Any) -> None:
-    if dataset is None:
-        return
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ValueError(
-            f"{name} is a {type(dataset).__name__}, which cannot be read by position: streaming datasets are not "
-            "supported. Load it without streaming=True."
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty.")
-    if "prompt" not in dataset[0]:
-        raise ValueError(
-            f"{name} has no column 'prompt'; its columns are {', '.join(map(repr, dataset[0]))}. Rename one: "
-            "dataset.rename_column(..., 'prompt')."
-        )
-
-
-def _reward_lists(reward_funcs: Any, tokenizers: Any, args: OnlineConfig) -> tuple[list[Any], list[Any]]:
-    """`reward_funcs` and `reward_processing_classes` as lists of the same length."""
-    if reward_funcs is None or (isinstance(reward_funcs, list) and not reward_funcs):
-        raise ValueError("reward_funcs is missing: pass a function, a reward model, or a list of them.")
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(functions)
-    if len(tokenizers) != len(functions):
-        raise ValueError(
-            f"reward_processing_classes has {len(tokenizers)} entries for {len(functions)} reward_funcs: give one for "
-            "each, None for functions."
-        )
-    if args.reward_weights is not None and len(args.reward_weights) != len(functions):
-        raise ValueError(f"reward_weights has {len(args.reward_weights)} values for {len(functions)} reward_funcs.")
-    return functions, tokenizers

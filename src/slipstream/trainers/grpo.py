@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slipstream.checks import number, one_of
@@ -13,7 +14,7 @@ from slipstream.modeling.logprobs import PolicyOutput
 from slipstream.objectives.advantages import combine_rewards, group_advantages
 from slipstream.objectives.correction import sampler_correction
 from slipstream.objectives.policy import clipped_surrogate, kl_k3
-from slipstream.objectives.segments import row_mean
+from slipstream.objectives.segments import row_mean, row_sum
 from slipstream.records import MicroBatch
 from slipstream.trainers.base import OnlineTrainer
 from slipstream.trainers.metrics import Tally
@@ -74,7 +75,8 @@ class GRPOConfig(OnlineConfig):
 
     def _check_values(self) -> None:
         super()._check_values()
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # type: ignore[call-overload]
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         if self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations} is not allowed: GRPO compares completions of the same prompt, "
@@ -150,7 +152,7 @@ class GRPOTrainer(OnlineTrainer):
         """Rewards summed over functions, normalized within each group."""
         return group_advantages(combine_rewards(rewards_RF, self.reward_weights_F), group_size)
 
-    def objective(self, output: PolicyOutput, batch: MicroBatch, tally: Tally) -> Tensor:
+    def objective(self, output: PolicyOutput, batch: MicroBatch, tally: Tally) -> Tensor:  # type: ignore[override]
         """The clipped surrogate of every completion token, averaged over the tokens of the optimizer step."""
         args, logps, mask = self.args, output.logps_N, batch.mask_N
         # On-policy, the old policy is this one: the ratio is 1, and its gradient that of the log-probability.
@@ -174,25 +176,27 @@ class GRPOTrainer(OnlineTrainer):
 
     def _correct_sampler(self, old_logps: Tensor, batch: MicroBatch, tally: Tally) -> Tensor | float:
         """Weights that make up for the engine's probabilities differing from the trainer's."""
-        args, mask, rows = self.args, batch.mask_N, len(batch.rollouts)
-        sampler_logps = batch.per_token["sampler_logps"]
-        difference = (old_logps - sampler_logps).abs()
+        args, rows, sampler_logps = self.args, len(batch.rollouts), batch.per_token["sampler_logps"]
+        # vLLM reports NaN where it could not tell: such a token is not corrected.
+        mask = batch.mask_N * sampler_logps.isfinite()
+        difference = torch.where(mask > 0, old_logps - sampler_logps, 0.0).abs()
         tally.mean("sampling/sampling_logp_difference/mean", difference, mask)
-        tally.max("sampling/sampling_logp_difference/max", difference * mask)
+        tally.max("sampling/sampling_logp_difference/max", difference, mask)
         correction = sampler_correction(
             old_logps, sampler_logps, mask, batch.rows_N, rows, args.vllm_importance_sampling_mode,
             args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max,
         )  # fmt: skip
-        tally.mean("sampling/importance_sampling_ratio/mean", correction.ratios)
-        tally.min("sampling/importance_sampling_ratio/min", correction.ratios)
-        tally.max("sampling/importance_sampling_ratio/max", correction.ratios)
-        tally.mean("sampling/masked_fraction", correction.changed)
+        tally.mean("sampling/importance_sampling_ratio/mean", correction.ratios, correction.counts)
+        tally.min("sampling/importance_sampling_ratio/min", correction.ratios, correction.counts)
+        tally.max("sampling/importance_sampling_ratio/max", correction.ratios, correction.counts)
+        tally.mean("sampling/masked_fraction", correction.changed, correction.counts)
         return correction.weights_N if args.vllm_importance_sampling_correction else 1.0
 
     def _tally_clipping(self, low: Tensor, high: Tensor, batch: MicroBatch, tally: Tally) -> None:
         mask, rows = batch.mask_N, len(batch.rollouts)
+        lengths = row_sum(mask, batch.rows_N, rows)
         tally.mean("clip_ratio/low_mean", low, mask)
         tally.mean("clip_ratio/high_mean", high, mask)
         tally.mean("clip_ratio/region_mean", low + high, mask)
-        tally.min("clip_ratio/low_min", row_mean(low, mask, batch.rows_N, rows))
-        tally.max("clip_ratio/high_max", row_mean(high, mask, batch.rows_N, rows))
+        tally.min("clip_ratio/low_min", row_mean(low, mask, batch.rows_N, rows), lengths)
+        tally.max("clip_ratio/high_max", row_mean(high, mask, batch.rows_N, rows), lengths)

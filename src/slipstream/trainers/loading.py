@@ -36,7 +36,7 @@ def load_policy(model: str | nn.Module, config: OnlineConfig, quantization_confi
 
 
 def load_tokenizer(processing_class: Any, model: str | nn.Module, config: OnlineConfig) -> Any:
-    """The tokenizer of `model` (unless one is given), with a padding token."""
+    """The tokenizer of `model`, or the tokenizer or processor that is given, with a padding token."""
     from transformers import AutoTokenizer
 
     if processing_class is None:
@@ -49,8 +49,11 @@ def load_tokenizer(processing_class: Any, model: str | nn.Module, config: Online
         processing_class = AutoTokenizer.from_pretrained(
             name, revision=options.get("revision", "main"), trust_remote_code=config.trust_remote_code
         )
-    if getattr(processing_class, "pad_token", None) is None:
-        processing_class.pad_token = processing_class.eos_token
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has neither a pad_token nor an eos_token: set tokenizer.pad_token.")
+        tokenizer.pad_token = tokenizer.eos_token
     return processing_class
 
 
@@ -66,8 +69,9 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
 
 
 def load_reference(model: str | nn.Module, policy: nn.Module, config: OnlineConfig) -> nn.Module | None:
-    """The initial policy, frozen; None when the policy is an adapter, which has its reference inside (adapter off)."""
-    if hasattr(policy, "disable_adapter"):
+    """The initial policy, frozen; None when the policy is a new adapter, whose reference is inside (adapter off)."""
+    # An adapter that came with the model may have been trained already: its base is not the initial policy.
+    if hasattr(policy, "disable_adapter") and not hasattr(model, "disable_adapter"):
         return None
     # A fresh copy of the same file is cheaper than a copy in memory, and right even if the policy was resumed.
     reference = load_policy(model, config) if isinstance(model, str) else copy.deepcopy(policy)
@@ -90,7 +94,10 @@ def end_of_sequence_ids(model: nn.Module, tokenizer: Any) -> set[int]:
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0."""
+    """Set every dropout probability to 0, also those that modules keep as numbers (attention does)."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+                setattr(module, name, 0.0)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from slipstream.objectives.advantages import combine_rewards, nanstd
+from slipstream.records import Rollout
 
 
 class Tally:
@@ -32,14 +35,17 @@ class Tally:
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts[name] + count if name in self._counts else count
 
-    def max(self, name: str, values: Tensor) -> None:
-        """Add values to the maximum `name`."""
-        highest = values.detach().float().max() if values.numel() else torch.tensor(-math.inf, device=values.device)
+    def max(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
+        """Add values to the maximum `name`; those of weight 0 do not count."""
+        values = values.detach().float()
+        if weights is not None:
+            values = torch.where(weights > 0, values, -math.inf)
+        highest = values.max() if values.numel() else torch.tensor(-math.inf, device=values.device)
         self._maxima[name] = torch.maximum(self._maxima[name], highest) if name in self._maxima else highest
 
-    def min(self, name: str, values: Tensor) -> None:
-        """Add values to the minimum `name`."""
-        self.max(f"-{name}", -values.detach().float())
+    def min(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
+        """Add values to the minimum `name`; those of weight 0 do not count."""
+        self.max(f"-{name}", -values.detach().float(), weights)
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
         """The values over all ranks, by name; a mean over nothing and an extremum of nothing are left out."""
@@ -100,3 +106,53 @@ class Clock:
         """Seconds by phase since the last flush."""
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         return seconds
+
+
+def reward_metrics(rewards_RF: Tensor, weights_F: Tensor, names: Sequence[str], group_size: int) -> dict[str, float]:
+    """Means and standard deviations of the rewards of all ranks: in sum, and by function.
+
+    Args:
+        rewards_RF: Rewards by function (NaN: not scored), the `group_size` completions of a prompt side by side.
+        weights_F: Weight of each function in the sum.
+        names: Name of each function.
+        group_size: Completions of each prompt.
+    """
+    total_R = combine_rewards(rewards_RF, weights_F)
+    stds = nanstd(total_R.view(-1, group_size), dim=1)
+    metrics = {
+        "reward": total_R.nanmean(),
+        "reward_std": nanstd(total_R, dim=0),
+        "frac_reward_zero_std": torch.isclose(stds, torch.zeros_like(stds)).float().mean(),
+    }
+    for i, name in enumerate(names):
+        metrics[f"rewards/{name}/mean"] = rewards_RF[:, i].nanmean()
+        metrics[f"rewards/{name}/std"] = nanstd(rewards_RF[:, i], dim=0)
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+
+
+def length_metrics(rollouts: Sequence[Rollout], accelerator: Any) -> dict[str, float]:
+    """Lengths of the completions of all ranks, in tokens, and how many were cut off at the largest length.
+
+    Where every completion was cut off, the lengths of terminated ones are 0.
+    """
+    lengths = torch.tensor([len(r.completion.ids) for r in rollouts], dtype=torch.float32, device=accelerator.device)
+    truncated = torch.tensor([r.truncated for r in rollouts], dtype=torch.float32, device=accelerator.device)
+    tally = Tally()
+    for kind, weights in (("", None), ("_terminated", 1 - truncated)):
+        tally.mean(f"completions/mean{kind}_length", lengths, weights)
+        tally.min(f"completions/min{kind}_length", lengths, weights)
+        tally.max(f"completions/max{kind}_length", lengths, weights)
+    tally.mean("completions/clipped_ratio", truncated)
+    metrics = dict.fromkeys((f"completions/{k}_terminated_length" for k in ("mean", "min", "max")), 0.0)
+    return metrics | tally.reduce(accelerator)
+
+
+def mean_by_name(values: dict[str, list[float]]) -> dict[str, float]:
+    """The mean of each name's values over all ranks, which may have different names."""
+    everyone: list[dict[str, list[float]]] = [values]
+    if torch.distributed.is_initialized() and (ranks := torch.distributed.get_world_size()) > 1:
+        everyone = [{} for _ in range(ranks)]
+        torch.distributed.all_gather_object(everyone, values)
+    names = sorted({name for one in everyone for name in one})
+    together = {name: [v for one in everyone for v in one.get(name, [])] for name in names}
+    return {name: sum(v) / len(v) for name, v in together.items()}
