@@ -26,6 +26,23 @@ NEUTRAL_SAMPLING = {
 }  # fmt: skip
 
 
+# Fields whose other values are planned, with the one that works now.
+NOT_YET = {
+    "ds3_gather_for_generation": True,
+    "use_transformers_continuous_batching": False,
+    "use_transformers_paged": False,
+    "transformers_continuous_batching_config": None,
+    "log_completions_hub_repo": None,
+}
+
+
+def not_yet(config: Any, ready: dict[str, Any]) -> None:
+    """Raise NotImplementedError for the first field that has another value than the one that works now."""
+    for name, value in ready.items():
+        if getattr(config, name) != value:
+            raise NotImplementedError(f"{name}={getattr(config, name)!r} is not there yet: use {name}={value!r}.")
+
+
 def option(default: Any, help: str) -> Any:
     """A dataclass field with the help text that the command line shows."""
     return field(default=default, metadata={"help": help})
@@ -80,6 +97,15 @@ class OnlineConfig(TrainingArguments):
     generation_kwargs: dict[str, Any] | str | None = option(None, "Further arguments for the engine's sampling class.")
     chat_template_kwargs: dict[str, Any] | str | None = option(None, "Further variables for the chat template.")
 
+    pad_to_multiple_of: int | str | None = option(
+        "auto", "Pad micro-batches to a multiple of this many tokens; `auto` and None: no further than needed."
+    )
+    cache_implementation: str | None = option(None, "Key-value cache of transformers' generation.")
+    ds3_gather_for_generation: bool = option(True, "Gather ZeRO-3 weights for transformers' generation.")
+    use_transformers_continuous_batching: bool = option(False, "Generate with transformers' continuous batching.")
+    transformers_continuous_batching_config: dict[str, Any] | str | None = option(None, "Its settings.")
+    use_transformers_paged: bool = option(False, "The older name of use_transformers_continuous_batching.")
+
     # vLLM
     use_vllm: bool = option(False, "Generate with vLLM; without it, transformers generates.")
     vllm_mode: str = option("colocate", "`colocate`: vLLM inside this process. `server`: a `slipstream vllm-serve`.")
@@ -91,6 +117,11 @@ class OnlineConfig(TrainingArguments):
     vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU's memory that vLLM may take (colocate).")
     vllm_max_model_length: int | None = option(None, "Longest prompt + completion of the engine; None: the model's.")
     vllm_tensor_parallel_size: int = option(1, "GPUs that one engine's weights are split over.")
+    vllm_server_base_url: str | None = option(None, "URL of the server; replaces its host and port.")
+    vllm_server_host: str = option("0.0.0.0", "Host of the server.")
+    vllm_server_port: int = option(8000, "Port of the server.")
+    vllm_server_timeout: float = option(240.0, "Seconds to wait for the server to be up.")
+    vllm_group_port: int = option(51216, "Port for the exchange of weights with the server.")
     vllm_structured_outputs_regex: str | None = option(None, "A regular expression that completions must match.")
     vllm_engine_kwargs: dict[str, Any] | str | None = option(
         None, "Any other argument of vLLM's engine, by vLLM's own names."
@@ -100,12 +131,15 @@ class OnlineConfig(TrainingArguments):
     )
     vllm_importance_sampling_mode: str = option("sequence_mask", f"How: one of {', '.join(SAMPLER_CORRECTIONS)}.")
     vllm_importance_sampling_clip_max: float | None = option(3.0, "Upper bound of the correction ratio.")
+    vllm_importance_sampling_cap: float | None = option(None, "The older name of that upper bound.")
     vllm_importance_sampling_clip_min: float | None = option(None, "Lower bound of the correction ratio.")
 
     # What is shown
     log_completions: bool = option(False, "Print a table of prompts and completions every `logging_steps`.")
     num_completions_to_print: int | None = option(None, "Rows of that table; None: all of them.")
     log_unique_prompts: bool = option(False, "Show each prompt once in that table.")
+    log_multimodal: bool = option(True, "Show images beside the completions.")
+    log_completions_hub_repo: str | None = option(None, "Dataset repository that completions are uploaded to.")
     html_report: bool = option(True, "Write `report.html`, one file with all curves and completions, at the end.")
 
     reward_weights: list[float] | None = option(None, "Weight of each reward function; None: 1.0 each.")
@@ -117,6 +151,7 @@ class OnlineConfig(TrainingArguments):
         "model_init_kwargs",
         "generation_kwargs",
         "chat_template_kwargs",
+        "transformers_continuous_batching_config",
         "vllm_engine_kwargs",
     ]
 
@@ -155,7 +190,18 @@ class OnlineConfig(TrainingArguments):
                 "auto_find_batch_size=True is not supported: a smaller batch would cut groups of completions apart. "
                 "Lower per_device_train_batch_size and raise gradient_accumulation_steps instead."
             )
+        self._check_padding()
         self._check_vllm()
+        not_yet(self, NOT_YET)
+
+    def _check_padding(self) -> None:
+        if isinstance(self.pad_to_multiple_of, str):
+            # The command line and YAML files pass words.
+            words: dict[str, int | None] = {"auto": None, "none": None, "null": None}
+            word = self.pad_to_multiple_of.lower()
+            self.pad_to_multiple_of = int(word) if word.isdigit() else words.get(word, -1)
+        if self.pad_to_multiple_of is not None:
+            number("pad_to_multiple_of", self.pad_to_multiple_of, least=1, integer=True)
 
     def _check_vllm(self) -> None:
         one_of("vllm_mode", self.vllm_mode, ("colocate", "server"))
@@ -165,6 +211,13 @@ class OnlineConfig(TrainingArguments):
         number("vllm_tensor_parallel_size", self.vllm_tensor_parallel_size, least=1, integer=True)
         if self.vllm_max_model_length is not None:
             number("vllm_max_model_length", self.vllm_max_model_length, least=2, integer=True)
+        if self.vllm_importance_sampling_cap is not None:
+            warnings.warn(
+                "vllm_importance_sampling_cap is the older name of vllm_importance_sampling_clip_max: use that one.",
+                FutureWarning,
+                stacklevel=4,
+            )
+            self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
         one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, SAMPLER_CORRECTIONS)
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if high is not None:
@@ -246,6 +299,12 @@ class OnlineConfig(TrainingArguments):
                 "every prompt has its whole group."
             )
 
+    def _engine_sampling(self) -> dict[str, Any]:
+        extra: dict[str, Any] = dict(self.generation_kwargs or {})  # type: ignore[arg-type]
+        if self.cache_implementation is not None and not self.use_vllm:
+            extra.setdefault("cache_implementation", self.cache_implementation)
+        return extra
+
     def sampling(self, *, evaluation: bool = False) -> Sampling:
         """The sampling parameters of training, or of evaluation."""
         temperature = self.temperature
@@ -262,7 +321,7 @@ class OnlineConfig(TrainingArguments):
             # distribution cannot be compared with its.
             logprobs=self.use_vllm and temperature == self.temperature and not self._reshaping,
             regex=self.vllm_structured_outputs_regex,
-            extra=dict(self.generation_kwargs or {}),  # type: ignore[arg-type]
+            extra=self._engine_sampling(),
         )
 
 

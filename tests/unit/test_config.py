@@ -77,7 +77,13 @@ def test_wrong_values_are_named(values, message):
 
 @pytest.mark.parametrize(
     "values",
-    [{"loss_type": "grpo"}, {"delta": 2.0}, {"top_entropy_quantile": 0.2}, {"use_vllm": True, "vllm_mode": "server"}],
+    [
+        {"loss_type": "grpo"},
+        {"delta": 2.0},
+        {"use_transformers_paged": True},
+        {"top_entropy_quantile": 0.2},
+        {"use_vllm": True, "vllm_mode": "server"},
+    ],
 )
 def test_what_is_not_there_yet_says_so(values):
     with pytest.raises(NotImplementedError, match="not there yet"):
@@ -130,3 +136,44 @@ def test_greedy_evaluation():
 def test_dictionaries_may_be_json():
     made = config(vllm_engine_kwargs='{"max_num_batched_tokens": 512}')
     assert made.vllm_engine_kwargs == {"max_num_batched_tokens": 512}
+
+
+@pytest.mark.parametrize(("given", "padded"), [("auto", None), (None, None), ("none", None), ("64", 64), (8, 8)])
+def test_padding_may_be_given_in_words(given, padded):
+    assert config(pad_to_multiple_of=given).pad_to_multiple_of == padded
+
+
+def test_padding_must_be_a_size():
+    with pytest.raises(ValueError, match="pad_to_multiple_of=-1"):
+        config(pad_to_multiple_of="some")
+
+
+def test_the_older_name_of_the_cap():
+    with pytest.warns(FutureWarning, match="clip_max"):
+        assert config(vllm_importance_sampling_cap=2.0).vllm_importance_sampling_clip_max == 2.0
+
+
+def test_every_field_of_the_peer_has_its_default():
+    """Names and defaults that scripts written for TRL 1.16's GRPOConfig rely on."""
+    made = config()
+    defaults = {
+        "router_aux_loss_coef": None, "disable_dropout": False, "cast_lm_head_to_fp32": False,
+        "num_generations_eval": None, "ds3_gather_for_generation": True, "shuffle_dataset": True, "top_p": 1.0,
+        "top_k": 0, "min_p": None, "generation_kwargs": None, "chat_template_kwargs": None, "repetition_penalty": 1.0,
+        "cache_implementation": None, "vllm_model_impl": "vllm", "vllm_enable_sleep_mode": False,
+        "vllm_structured_outputs_regex": None, "vllm_server_base_url": None, "vllm_server_host": "0.0.0.0",
+        "vllm_server_port": 8000, "vllm_server_timeout": 240.0, "vllm_group_port": 51216,
+        "vllm_max_model_length": None, "vllm_tensor_parallel_size": 1, "num_iterations": 1, "delta": None,
+        "epsilon_high": None, "sapo_temperature_neg": 1.05, "sapo_temperature_pos": 1.0, "vespo_k_pos": 2.0,
+        "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0, "importance_sampling_level": "token",
+        "reward_weights": None, "multi_objective_aggregation": "sum_then_normalize", "scale_rewards": "group",
+        "mask_truncated_completions": False, "sync_ref_model": False, "ref_model_mixup_alpha": 0.6,
+        "ref_model_sync_steps": 512, "top_entropy_quantile": 1.0, "entropy_coef": 0.0, "use_adaptive_entropy": False,
+        "entropy_coef_min": 0.0, "entropy_coef_max": 1.0, "entropy_coef_delta": 0.005, "entropy_target": 0.2,
+        "max_tool_calling_iterations": None, "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_clip_min": None, "off_policy_mask_threshold": None, "use_bias_correction_kl": True,
+        "log_completions": False, "log_multimodal": True, "num_completions_to_print": None,
+        "log_unique_prompts": False, "log_completions_hub_repo": None, "logging_steps": 10,
+        "use_transformers_continuous_batching": False, "use_transformers_paged": False,
+    }  # fmt: skip
+    assert {name: getattr(made, name) for name in defaults} == defaults

@@ -111,3 +111,8 @@ def test_the_head_is_left_as_it_was(model, rollouts):
     (batch,) = Packer(9, 0, torch.device("cpu")).pack(rollouts, TOTALS)
     score_tokens(model, model.lm_head, batch, temperature=1.0)
     assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, model.config.vocab_size)
+
+
+def test_padding_to_a_multiple(rollouts):
+    packer = Packer(2, 0, torch.device("cpu"), pad_to_multiple_of=8)
+    assert [b.input_ids_BT.shape[1] for b in packer.pack(rollouts, TOTALS)] == [16, 16, 8]

@@ -15,7 +15,8 @@ from slipstream.objectives.policy import clipped_surrogate, kl_k3
 from slipstream.objectives.segments import row_mean, row_sum
 
 rows_of_lengths = st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any)
-MODES = [f"{level}_{action}" for level in ("token", "sequence", "sequence_geometric") for action in ("truncate", "mask")]
+LEVELS = ("token", "sequence", "sequence_geometric")
+MODES = [f"{level}_{action}" for level in LEVELS for action in ("truncate", "mask")]
 
 
 def ragged(lengths: list[int], seed: int, scale: float = 1.0) -> list[list[float]]:
@@ -97,7 +98,7 @@ def test_clipped_surrogate_has_the_gradient_of_its_formula():
     ratio = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.6], dtype=torch.float64, requires_grad=True)
     for sign in (1.0, -1.0):
         advantages = torch.full((5,), sign, dtype=torch.float64)
-        assert torch.autograd.gradcheck(lambda r: clipped_surrogate(r, advantages, 0.2, 0.3)[0], ratio)
+        assert torch.autograd.gradcheck(lambda r, a=advantages: clipped_surrogate(r, a, 0.2, 0.3)[0], ratio)
     (gradient,) = torch.autograd.grad(clipped_surrogate(ratio, torch.ones(5), 0.2, 0.3)[0].sum(), ratio)
     assert gradient.tolist() == [-1, -1, -1, -1, 0]
 

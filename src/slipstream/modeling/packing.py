@@ -22,12 +22,16 @@ class Packer:
         rows: Rows of a micro-batch, at most.
         pad_token_id: Any valid token id.
         device: Where the tensors go.
+        pad_to_multiple_of: Pad rows further, to a multiple of this many tokens.
     """
 
-    def __init__(self, rows: int, pad_token_id: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, pad_token_id: int, device: torch.device, pad_to_multiple_of: int | None = None
+    ) -> None:
         self.rows = rows
         self.pad_token_id = pad_token_id
         self.device = device
+        self.multiple = pad_to_multiple_of or 1
 
     def pack(self, rollouts: Sequence[Rollout], totals: StepTotals) -> Iterator[MicroBatch]:
         """Split `rollouts` into micro-batches of at most `rows` rows; each rollout is in exactly one.
@@ -41,6 +45,7 @@ class Packer:
     def micro_batch(self, rollouts: list[Rollout], totals: StepTotals) -> MicroBatch:
         """The tensors of these rows."""
         longest = max(len(r.prompt.ids) + len(r.completion.ids) for r in rollouts)
+        longest = -(-longest // self.multiple) * self.multiple
         input_ids = torch.full((len(rollouts), longest), self.pad_token_id, dtype=torch.long)
         positions, targets, rows, mask = [], [], [], []
         for i, rollout in enumerate(rollouts):

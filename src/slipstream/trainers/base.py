@@ -111,7 +111,10 @@ class OnlineTrainer(Trainer):
         self.renderer = PromptRenderer(_tokenizer_of(tokenizer), args.chat_template_kwargs)  # type: ignore[arg-type]
         self.eos_ids = loading.end_of_sequence_ids(policy, self.renderer.tokenizer)
         self.packer = Packer(
-            args.per_device_train_batch_size, self.renderer.tokenizer.pad_token_id, self.accelerator.device
+            args.per_device_train_batch_size,
+            self.renderer.tokenizer.pad_token_id,
+            self.accelerator.device,
+            args.pad_to_multiple_of,  # type: ignore[arg-type]  # the config has resolved it
         )
         self._parameters = sum(p.numel() for p in policy.parameters())
         self.clock = Clock()
@@ -266,7 +269,7 @@ class OnlineTrainer(Trainer):
             self.rewards.score(
                 rollouts,
                 self.state,
-                log_extra=self._extra.__setitem__,
+                log_extra=lambda column, values: self._take_extra(column, values, len(rollouts)),
                 log_metric=lambda name, value: pending.setdefault(name, []).append(float(value)),
             )
         rewards_RF = torch.tensor(
@@ -283,6 +286,11 @@ class OnlineTrainer(Trainer):
         counted_RF = every_RF[self.accelerator.gather(counts)]
         metrics = reward_metrics(counted_RF, self.reward_weights_F, self.rewards.names, group_size)
         return metrics | mean_by_name(pending)
+
+    def _take_extra(self, column: str, values: Sequence[Any], expected: int) -> None:
+        if len(values) != expected:
+            raise ValueError(f"log_extra({column!r}, ...) was given {len(values)} values for {expected} completions.")
+        self._extra[column] = list(values)
 
     def _learn(self, model: nn.Module, rollouts: list[Rollout]) -> tuple[Tensor, dict[str, float]]:
         """Forward and backward over the rows of an optimizer step."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slipstream.checks import number, one_of
-from slipstream.config import OnlineConfig, option
+from slipstream.config import OnlineConfig, not_yet, option
 from slipstream.modeling.logprobs import PolicyOutput
 from slipstream.objectives.advantages import combine_rewards, group_advantages
 from slipstream.objectives.correction import sampler_correction
@@ -21,7 +21,7 @@ from slipstream.trainers.metrics import Tally
 
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
 # Fields whose other values are planned, with the one that works now.
-NOT_YET = {
+GRPO_NOT_YET = {
     "loss_type": "dapo",
     "importance_sampling_level": "token",
     "scale_rewards": "group",
@@ -35,6 +35,7 @@ NOT_YET = {
     "sync_ref_model": False,
     "router_aux_loss_coef": None,
     "cast_lm_head_to_fp32": False,
+    "max_tool_calling_iterations": None,
 }
 
 
@@ -70,6 +71,7 @@ class GRPOConfig(OnlineConfig):
     vespo_lambda_neg: float = option(2.0, "Rate of `vespo` where A < 0.")
     off_policy_mask_threshold: float | None = option(None, "Drop rows with A < 0 that drifted further than this.")
     use_bias_correction_kl: bool = option(True, "Weight the KL estimate by the ratio, which makes it unbiased.")
+    max_tool_calling_iterations: int | None = option(None, "Turns of tool calls in a completion, at most.")
     router_aux_loss_coef: float | None = option(None, "Weight of a mixture of experts' load balancing loss.")
     cast_lm_head_to_fp32: bool = option(False, "Compute logits in float32.")
 
@@ -95,9 +97,7 @@ class GRPOConfig(OnlineConfig):
             self.multi_objective_aggregation,
             ("sum_then_normalize", "normalize_then_sum"),
         )
-        for name, ready in NOT_YET.items():
-            if getattr(self, name) != ready:
-                raise NotImplementedError(f"{name}={getattr(self, name)!r} is not there yet: use {name}={ready!r}.")
+        not_yet(self, GRPO_NOT_YET)
 
 
 class GRPOTrainer(OnlineTrainer):

@@ -104,9 +104,7 @@ class Journal(TrainerCallback):
         )
 
 
-def install(
-    trainer: Trainer, names: Sequence[str], render: Any, title: str
-) -> tuple[ProgressReporter, Journal | None]:
+def install(trainer: Trainer, names: Sequence[str], render: Any, title: str) -> tuple[ProgressReporter, Journal | None]:
     """Put our progress bar in the place of transformers'; only the main process keeps a journal."""
     args: Any = trainer.args
     progress = ProgressReporter()
