@@ -1,0 +1,235 @@
+"""vLLM in the trainer's own process: the same device, one Python process, weights handed over by reference."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from slipstream.generation.engine import Request, Sampling, SyncReport
+from slipstream.generation.guest import Guest
+from slipstream.generation.sleeping import SleepState
+from slipstream.generation.vllm_options import check_sampling, engine_options, sampling_params
+from slipstream.records import Completion
+from slipstream.vllm_compat import check_sleep_supported, process, token_prompt
+from slipstream.weights.plan import WeightUpdateError
+from slipstream.weights.transports import in_place
+
+if TYPE_CHECKING:
+    import torch
+
+    from slipstream.weights.plan import Plan
+
+_alive: weakref.WeakSet[ColocateEngine] = weakref.WeakSet()
+
+
+class ColocateEngine:
+    """A `vllm.LLM` in this process that follows the trainer's weights.
+
+    The process stays the trainer's: random states, environment, threads and torch's settings are swapped around engine
+    calls (`Guest`). One engine can be alive at a time. If torch.distributed is used, initialize it before the engine:
+    vLLM creates a process group of one member when it finds none, and that group lives until `close`.
+
+    Args:
+        model: Name or path of the model whose architecture and tokenizer the engine loads. Its weights serve only after
+            the first `update_weights`.
+        dtype: "float32", "bfloat16" or "float16".
+        max_model_len: Longest prompt plus completion, in tokens; None: the model's own limit.
+        gpu_memory_utilization: Share of the accelerator's memory the engine may take.
+        tensor_parallel_size: Accelerators a copy of the model is spread over; only 1 for now.
+        model_impl: "vllm", "transformers" or "auto": which implementation of the model vLLM runs.
+        max_num_seqs: Most sequences sampled at the same time; None: vLLM's choice.
+        seed: Seed of unseeded requests. Ranks that sample different prompts need different ones.
+        enable_sleep_mode: Whether `sleep` can be used.
+        trust_remote_code: Whether code from the model's repository may run.
+        revision: Branch, tag or commit of `model`.
+        engine_kwargs: Further arguments of `vllm.LLM`, by its names.
+
+    Attributes:
+        version: Version of the weights that serve; None before the first update, after a level 2 sleep, and after an
+            update that failed half way.
+        timings: Where the time of the last update went.
+
+    Raises:
+        ImportError: vLLM is missing.
+        NotImplementedError: `tensor_parallel_size` is not 1.
+        RuntimeError: vLLM's version is not supported, another engine is alive in this process, or sleep mode is asked
+            for where vLLM cannot sleep.
+        ValueError: An option is unknown to vLLM, or set twice.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        dtype: str,
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float = 0.3,
+        tensor_parallel_size: int = 1,
+        model_impl: str = "vllm",
+        max_num_seqs: int | None = None,
+        seed: int = 0,
+        enable_sleep_mode: bool = False,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        engine_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if tensor_parallel_size != 1:
+            raise NotImplementedError(
+                f"vllm_tensor_parallel_size={tensor_parallel_size}: a colocated engine has one device a process for "
+                "now. Set it to 1."
+            )
+        if enable_sleep_mode:
+            check_sleep_supported()
+        fields = {
+            "model": str(model), "dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs,
+            "gpu_memory_utilization": gpu_memory_utilization, "model_impl": model_impl, "seed": seed,
+            "enable_sleep_mode": enable_sleep_mode, "trust_remote_code": trust_remote_code, "revision": revision,
+        }  # fmt: skip
+        options = engine_options(fields, engine_kwargs)
+        if _alive:
+            raise RuntimeError("another ColocateEngine is alive in this process; close() it before making a new one")
+        self.version: int | None = None
+        self.timings: in_place.Timings | None = None
+        self._why_unusable: str | None = None
+        self._plan: Plan | None = None
+        self._sleep = SleepState(enabled=enable_sleep_mode)
+        self._guest = Guest()
+        with self._guest.inside():
+            self._llm, own_group = process.start(options)
+        # Also runs when the engine is collected, or still open when Python exits.
+        self._end = weakref.finalize(self, _end, self._llm, self._guest, own_group)
+        _alive.add(self)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus completion, in tokens."""
+        self._sleep.check_open("max_model_len")
+        return int(self._llm.llm_engine.model_config.max_model_len)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Sample `requests[i].n` completions for each request, in order.
+
+        Completion i of a request is sampled with seed `seed + i`, whatever else is in the call. On CPU the same seed
+        gives the same tokens; on a GPU rounding depends on the batch, so that tokens may differ.
+
+        Raises:
+            RuntimeError: The engine has no weights of the trainer, sleeps, or is closed; or vLLM lost a completion.
+            ValueError: A prompt and `max_tokens` do not fit into `max_model_len`, or an option is unknown.
+        """
+        self._sleep.check_generate()
+        if self.version is None:
+            raise RuntimeError(f"generate: {self._why_unusable or 'no weights yet; call update_weights first'}")
+        check_sampling(sampling)
+        self._check_lengths(requests, sampling)
+        with self._guest.inside():
+            prompts = [token_prompt(list(request.prompt_ids)) for request in requests]
+            params = [sampling_params(request, sampling) for request in requests]
+            try:
+                outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            except BaseException:
+                process.abort_all(self._llm)  # or the next call would be given this one's leftovers
+                raise
+        if len(outputs) != len(requests):
+            raise RuntimeError(f"generate: vLLM answered {len(outputs)} of {len(requests)} requests")
+        return [
+            _completions(index, request, output.outputs, sampling, self.version)
+            for index, (request, output) in enumerate(zip(requests, outputs, strict=True))
+        ]
+
+    def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> SyncReport:
+        """Replace the weights by `tensors` (checkpoint names, full tensors), wholly or not at all.
+
+        Names, shapes, coverage and finiteness are checked before anything is touched; afterwards what the engine holds
+        is compared with what was sent. Prefix, multimodal and encoder caches are emptied.
+
+        Raises:
+            WeightUpdateError: Refused: the engine still serves the version it had.
+            LoadFailedError: Loading failed half way, or the comparison did: `generate` raises until an update succeeds.
+        """
+        self._sleep.check_update()
+        begin = time.perf_counter()
+        sent = list(tensors)
+        try:
+            with self._guest.inside():
+                [(self._plan, self.timings)] = self._llm.collective_rpc(in_place.update, args=(sent, self._plan))
+                process.reset_caches(self._llm)
+        except BaseException as error:
+            # A refusal comes before anything is touched; after anything else nobody knows what the engine holds.
+            if not isinstance(error, WeightUpdateError) or isinstance(error, in_place.LoadFailedError):
+                self._lose_weights(f"the last weight update failed ({error}); a whole update repairs it")
+            raise
+        self.version, self._why_unusable = version, None
+        return SyncReport(version, sum(t.nbytes for _, t in sent), len(sent), time.perf_counter() - begin)
+
+    def sleep(self, level: int = 1) -> None:
+        """Free accelerator memory: 1 keeps the weights in host memory, 2 drops them (an update must follow `wake`)."""
+        self._sleep.check_sleep(level)
+        with self._guest.inside():
+            self._llm.sleep(level=level)
+        self._sleep.fell_asleep(level)
+        if level == 2:
+            self._lose_weights("a level 2 sleep dropped the weights; call update_weights after wake")
+
+    def wake(self, tags: Sequence[str] | None = None) -> None:
+        """Take memory back: all that is asleep, or the parts in `tags`.
+
+        `wake(["weights"])`, `update_weights`, `wake(["kv_cache"])` takes the cache's memory only after the update.
+        """
+        waking = self._sleep.check_wake(tags)
+        with self._guest.inside():
+            self._llm.wake_up(list(waking))
+        self._sleep.woke(waking)
+
+    def close(self) -> None:
+        """End the engine and free its memory. Closing twice is closing once."""
+        if self._sleep.closed:
+            return
+        self._sleep.closed = True
+        self.version, self._llm = None, None
+        self._end()
+        _alive.discard(self)
+        gc.collect()
+        process.release_memory()
+
+    def _lose_weights(self, why: str) -> None:
+        self.version, self._why_unusable = None, why
+
+    def _check_lengths(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        limit = self.max_model_len
+        for index, request in enumerate(requests):
+            length = len(request.prompt_ids)
+            if length == 0:
+                raise ValueError(f"generate: request {index} has an empty prompt; give at least one token")
+            if length + sampling.max_tokens > limit:
+                raise ValueError(
+                    f"generate: request {index} has {length} prompt tokens; with max_tokens={sampling.max_tokens} they "
+                    f"exceed the engine's max_model_len={limit}. Shorten the prompt, lower max_completion_length, or "
+                    "raise vllm_max_model_length."
+                )
+
+
+def _completions(
+    index: int, request: Request, samples: Sequence[Any], sampling: Sampling, version: int
+) -> list[Completion]:
+    if sampling.temperature == 0:
+        samples = list(samples) * request.n
+    if len(samples) != request.n:
+        raise RuntimeError(f"generate: vLLM gave {len(samples)} of request {index}'s {request.n} completions")
+    completions = []
+    for sample in samples:
+        if sample.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"generate: vLLM ended a completion of request {index} by {sample.finish_reason!r}")
+        ids = list(sample.token_ids)
+        logprobs = list(sample.logprobs.logprobs) if sampling.logprobs else None
+        if logprobs is not None and len(logprobs) != len(ids):
+            raise RuntimeError(f"generate: vLLM gave {len(logprobs)} log-probabilities for {len(ids)} tokens")
+        completions.append(Completion(ids, logprobs, version, sample.finish_reason))
+    return completions
+
+
+def _end(llm: Any, guest: Guest, own_group: bool) -> None:
+    with guest.inside():
+        process.shut_down(llm, own_group)

@@ -1,0 +1,225 @@
+"""Generation with the trainer's own model: no second copy of the weights, no vLLM, and a fraction of its speed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.generation.engine import Request, Sampling, SyncReport
+from slipstream.generation.guest import RandomStates
+from slipstream.generation.vllm_options import check_names, names
+from slipstream.records import Completion
+
+_OWN_OPTIONS = names(
+    "max_new_tokens max_length temperature top_p top_k min_p repetition_penalty do_sample num_beams "
+    "num_return_sequences pad_token_id eos_token_id use_cache return_dict_in_generate output_scores"
+)
+
+
+class TransformersEngine:
+    """`model.generate` behind the engine Protocol.
+
+    Args:
+        model: Returns the unwrapped training model. Called at every `generate`, so it may change (or be gathered).
+        pad_token_id: Token that fills prompts up on the left.
+        eos_token_ids: Tokens that end a completion.
+        seed: Start of the random stream of unseeded calls.
+        batch_size: Most completions sampled at the same time; None: all of a call.
+
+    Seeds: a call is reproducible from the first request's seed (and independent of the trainer's random states), but a
+    completion's tokens also depend on what else is in the call. Only vLLM samples each completion from its own seed.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], Any],
+        *,
+        pad_token_id: int,
+        eos_token_ids: Sequence[int],
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> None:
+        self.version: int | None = None
+        self._model = model
+        self._pad = pad_token_id
+        self._eos = frozenset(eos_token_ids)
+        self._seed = seed
+        self._calls = 0
+        self._batch_size = batch_size
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Sample `requests[i].n` completions for each request, in order.
+
+        Raises:
+            RuntimeError: No `update_weights` yet.
+            ValueError: A sampling option that transformers does not have.
+        """
+        if self.version is None:
+            raise RuntimeError("generate: no weight version is known yet; call update_weights first")
+        options = _check_extra(sampling)
+        rows = [list(request.prompt_ids) for request in requests for _ in range(request.n)]
+        seed = next((request.seed for request in requests if request.seed is not None), None)
+        if seed is None:
+            seed = self._seed + 1_000_003 * self._calls
+        self._calls += 1
+        size = self._batch_size or max(1, len(rows))
+        completions: list[Completion] = []
+        states = RandomStates()
+        try:
+            torch.manual_seed(seed % 2**63)
+            with _inference(self._model()) as model:
+                for start in range(0, len(rows), size):
+                    completions += self._sample(model, rows[start : start + size], sampling, options)
+        finally:
+            states.restore()
+        ordered = iter(completions)
+        return [[next(ordered) for _ in range(request.n)] for request in requests]
+
+    def _sample(
+        self, model: Any, rows: list[list[int]], sampling: Sampling, options: dict[str, Any]
+    ) -> list[Completion]:
+        assert self.version is not None
+        width = max(map(len, rows))
+        device = model.get_input_embeddings().weight.device
+        # (rows, width): prompts end at the right edge, where generation starts
+        ids = torch.tensor([[self._pad] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        # It shapes the distribution instead of transformers' own filters, to report log-probabilities under it.
+        distribution = _Distribution(sampling, mask)
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_tokens,
+            do_sample=sampling.temperature > 0,
+            pad_token_id=self._pad,
+            eos_token_id=sorted(self._eos) or None,
+            use_cache=True,  # training with gradient checkpointing switches it off in the model's config
+            num_beams=1,
+            repetition_penalty=1.0,
+            **({"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0} if sampling.temperature > 0 else {}),
+            **options,
+        )
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([distribution]),
+        )
+        distribution.record(out)
+        tokens = out[:, width:].tolist()
+        logprobs = torch.stack(distribution.logprobs, dim=1).tolist()
+        return [self._trim(row, values, sampling) for row, values in zip(tokens, logprobs, strict=True)]
+
+    def _trim(self, ids: list[int], logprobs: list[float], sampling: Sampling) -> Completion:
+        end = next((i + 1 for i, token in enumerate(ids) if token in self._eos), None)
+        length = end or len(ids)
+        version = self.version if self.version is not None else -1
+        return Completion(
+            ids[:length],
+            logprobs[:length] if sampling.logprobs else None,
+            version,
+            "stop" if end else "length",
+        )
+
+    def update_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> SyncReport:
+        """Note the version: the weights are the trainer's own, so nothing moves and `tensors` is not read."""
+        begin = time.perf_counter()
+        self.version = version
+        return SyncReport(version, nbytes=0, tensors=0, seconds=time.perf_counter() - begin)
+
+    def sleep(self, level: int = 1) -> None:
+        """Raise RuntimeError: there is no memory of its own to free."""
+        raise RuntimeError("sleep: generation with transformers has no memory of its own to free; set use_vllm=True")
+
+    def wake(self, tags: Sequence[str] | None = None) -> None:
+        """Raise RuntimeError: it never sleeps."""
+        raise RuntimeError("wake: generation with transformers never sleeps")
+
+    def close(self) -> None:
+        """Forget the weights' version."""
+        self.version = None
+
+
+class _Distribution:
+    """A logits processor: shapes each step's distribution and keeps the log-probability of what was drawn from it.
+
+    It sees a drawn token at the next step, as the last one of `input_ids`, so one (rows, vocabulary) matrix is kept
+    instead of one a step.
+    """
+
+    def __init__(self, sampling: Sampling, prompt_mask: Tensor) -> None:
+        self.logprobs: list[Tensor] = []  # one (rows,) tensor a step
+        self._last: Tensor | None = None
+        self._sampling = sampling
+        self._prompt_mask = prompt_mask.bool()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.record(input_ids)
+        s = self._sampling
+        if s.repetition_penalty != 1.0:
+            scores = self._penalize(input_ids, scores)
+        if s.temperature > 0:
+            scores = _truncate(scores.float() / s.temperature, s)
+        self._last = scores.float().log_softmax(-1)
+        return scores
+
+    def record(self, input_ids: Tensor) -> None:
+        """Note the log-probability of the last token of each row."""
+        if self._last is not None:
+            self.logprobs.append(self._last.gather(-1, input_ids[:, -1:]).squeeze(-1))
+            self._last = None
+
+    def _penalize(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # Padding is not part of the text; its token may well be the one that ends a sequence.
+        seen = self._prompt_mask.new_zeros(scores.shape)
+        prompt = input_ids[:, : self._prompt_mask.shape[1]]
+        for row in range(len(seen)):
+            seen[row, prompt[row][self._prompt_mask[row]]] = True
+        seen.scatter_(1, input_ids[:, self._prompt_mask.shape[1] :], True)
+        penalty = self._sampling.repetition_penalty
+        return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+
+
+def _truncate(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Drop tokens by min_p, then top_k, then top_p (the order of vLLM); dropped ones get -inf. (rows, vocabulary)."""
+    if sampling.min_p > 0:
+        floor = logits.max(-1, keepdim=True).values + math.log(sampling.min_p)
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if sampling.top_p < 1.0:
+        ascending, order = logits.sort(-1)
+        below = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        below[:, -1] = False  # the most likely token always stays
+        logits = logits.masked_fill(below.scatter(-1, order, below), -torch.inf)
+    return logits
+
+
+@contextlib.contextmanager
+def _inference(model: Any) -> Iterator[Any]:
+    """The model in evaluation mode, without gradients; its modules' training flags are put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_extra(sampling: Sampling) -> dict[str, Any]:
+    from transformers import GenerationConfig
+
+    if sampling.regex is not None:
+        raise ValueError("a regular expression for completions needs vLLM's structured outputs: set use_vllm=True")
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    check_names("generation_kwargs", sampling.extra, known, _OWN_OPTIONS)
+    return dict(sampling.extra)

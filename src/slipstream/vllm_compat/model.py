@@ -1,0 +1,147 @@
+"""The engine's model: its parameters, loading weights into it, a rehearsal of that, and packed copies of weights."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from slipstream.vllm_compat import on_cpu
+
+if TYPE_CHECKING:
+    from slipstream.weights.verify import Probe
+
+
+def parameters(worker: Any) -> dict[str, Any]:
+    """A worker's parameters by name, tied ones once."""
+    return {name: parameter.data for name, parameter in worker.model_runner.get_model().named_parameters()}
+
+
+def check_updatable(worker: Any) -> None:
+    """Raise NotImplementedError if the model has layers whose weights this vLLM cannot replace.
+
+    On CPU the experts of a mixture are packed in place at the first load and only there, so that after an update the
+    kernel would read plain weights as packed ones, and every bit of them would look right.
+    """
+    for name, module in worker.model_runner.get_model().named_modules():
+        method = type(getattr(module, "quant_method", None)).__name__
+        if on_cpu() and "MoE" in method:
+            raise NotImplementedError(
+                f"{name} ({method}): vLLM cannot update the weights of a mixture of experts on CPU. Use a dense "
+                "model, a GPU, or use_vllm=False."
+            )
+
+
+def load_weights(worker: Any, tensors: Iterable[tuple[str, Any]]) -> None:
+    """Replace the weights of a worker's model, layer by layer, into the memory that its graphs and kernels use."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    model, config = worker.model_runner.get_model(), worker.model_runner.model_config
+    with set_current_vllm_config(worker.vllm_config), _quiet("vllm.model_executor.model_loader.reload.layerwise"):
+        initialize_layerwise_reload(model)
+        try:
+            model.load_weights(tensors)
+        finally:
+            # Also after a failure: without it the layers stay half taken apart, and the next load would go wrong.
+            finalize_layerwise_reload(model, config)
+        repack_tied_heads(model)
+
+
+@contextlib.contextmanager
+def rehearsal(worker: Any) -> Iterator[tuple[dict[str, Any], Callable[[Iterable[tuple[str, Any]]], Any]]]:
+    """Replace a worker's parameters by tensors without memory, for the time of a `with` block.
+
+    Yields:
+        The parameters by name (tied ones once), with the shapes they have while loading, and the model's loading.
+        The real ones come back at the end, whatever happened to the others.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta, to_meta_tensor
+
+    model = worker.model_runner.get_model()
+    names = [name for name, _ in model.named_parameters()]
+    kept = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), set(m._non_persistent_buffers_set))
+            for m in model.modules()]  # fmt: skip
+    try:
+        for module in model.modules():
+            restore_layer_on_meta(module, get_layerwise_info(module))
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    blank: Any = to_meta_tensor(tensor)
+                    loader: Any = getattr(blank, "weight_loader", None)
+                    # A reload leaves its wrapper on the shape records; below it is the model's own loader.
+                    while getattr(loader, "__name__", "") == "online_process_loader":
+                        loader = loader.__wrapped__
+                        blank.weight_loader = loader
+                    tensors[name] = blank
+        blanks = {name: model.get_parameter(name) for name in names}
+        with set_current_vllm_config(worker.vllm_config):
+            yield blanks, model.load_weights
+    finally:
+        for module, attributes, own_parameters, buffers, non_persistent in kept:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for current, before in ((module._parameters, own_parameters), (module._buffers, buffers)):
+                current.clear()
+                current.update(before)
+            module._non_persistent_buffers_set = non_persistent
+
+
+def packed_layers(worker: Any) -> list[Probe]:
+    """The layers that compute with a packed copy of their weight, as vLLM's matrix products on CPU do."""
+    if not on_cpu():
+        return []
+    import torch
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    from slipstream.weights.verify import Probe
+
+    model = worker.model_runner.get_model()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    probes = []
+    for name, module in model.named_modules():
+        if not hasattr(module, "cpu_linear") or not isinstance(getattr(module, "weight", None), torch.nn.Parameter):
+            continue
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            continue  # looked up in, never multiplied by
+        apply = functools.partial(module.quant_method.apply, module)
+        probes.append(Probe(name, names[id(module.weight)], apply, module.weight.dtype))
+    return probes
+
+
+def forget_model(worker: Any) -> None:
+    """Drop what vLLM's reload keeps about a model: it refers to the model's layers and would keep them alive."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    for module in worker.model_runner.get_model().modules():
+        layerwise.LAYERWISE_INFO.pop(module, None)
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    # Layers without weights (rotary embeddings, a tied head) are reported as failures at every reload.
+    vllm_logger = logging.getLogger(logger)
+    level = vllm_logger.level
+    vllm_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        vllm_logger.setLevel(level)
+
+
+def repack_tied_heads(model: Any) -> None:
+    """Pack a tied LM head anew on CPU: vLLM's reload refreshes the embedding's packed copy and forgets the head's."""
+    if not on_cpu():
+        return
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    embeddings = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    for head in embeddings:
+        if isinstance(head, ParallelLMHead) and any(e is not head and e.weight is head.weight for e in embeddings):
+            head.quant_method.process_weights_after_loading(head)

@@ -1,0 +1,189 @@
+"""An engine in the trainer's process: starting it, ending it, and the traces it would leave.
+
+| what vLLM does to the process | what becomes of it |
+|---|---|
+| resets and draws from the random states of torch, CUDA, numpy and Python | `generation.guest.Guest` swaps them |
+| overwrites environment variables (`LOCAL_WORLD_SIZE`, `LD_PRELOAD`, ...) | `Guest` restores all but `VLLM_*` |
+| on CPU, makes `torch.set_num_threads`, streams, events, pinning no-ops | `Guest`: in force inside engine calls only |
+| lowers the number of torch threads, sets float32 matmul precision | `Guest` swaps them |
+| destroys the default process group when an engine ends | `keep_process_group` |
+| running a model by transformers' code, decorates the trainer's own model class | `keep_model_classes` |
+| compiles parts of its sampler, on CPU | `uncompile_sampler` |
+| freezes the objects alive at start out of garbage collection | undone when the engine ends |
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from slipstream.vllm_compat import load, on_cpu
+from slipstream.vllm_compat.model import check_updatable, forget_model
+
+
+def start(options: dict[str, Any]) -> tuple[Any, bool]:
+    """Make a `vllm.LLM` in this process.
+
+    Returns:
+        It, and whether vLLM had to create the default process group, which then ends with it.
+
+    Raises:
+        NotImplementedError: The model has layers whose weights vLLM cannot replace correctly here.
+        RuntimeError: The environment tells vLLM to use a process of its own.
+    """
+    import torch.distributed as dist
+
+    vllm = load()
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
+        raise RuntimeError(
+            "vllm_mode='colocate' runs the engine in the trainer's process, but VLLM_ENABLE_V1_MULTIPROCESSING="
+            f"{os.environ.get('VLLM_ENABLE_V1_MULTIPROCESSING')}. Unset it, or set it to 0."
+        )
+    keep_model_classes()  # whatever model_impl says: vLLM runs architectures without code of its own that way, too
+    if on_cpu():
+        uncompile_sampler()
+    keep_process_group()
+    joined = dist.is_available() and dist.is_initialized()
+    if joined and options.get("distributed_executor_backend") == "external_launcher":
+        os.environ.setdefault("RANK", str(dist.get_rank()))
+        os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
+    with warnings.catch_warnings():
+        # vLLM reads every attribute of every loaded module once, deprecated ones as well.
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            llm = vllm.LLM(**options)
+        except BaseException:
+            _leave_groups(own_group=dist.is_initialized() and not joined)
+            raise
+    own_group = dist.is_initialized() and not joined
+    try:
+        check_updatable(worker_of(llm))
+    except BaseException:
+        shut_down(llm, own_group)
+        raise
+    return llm, own_group
+
+
+def shut_down(llm: Any, own_group: bool) -> None:
+    """End what `start` began. The caller drops its own references to `llm` to free the memory."""
+    forget_model(worker_of(llm))
+    llm.llm_engine.engine_core.shutdown()
+    _leave_groups(own_group=own_group)
+
+
+def worker_of(llm: Any) -> Any:
+    """The worker of an in-process engine: it has `vllm_config` and `model_runner`."""
+    worker = llm.llm_engine.model_executor.driver_worker
+    return getattr(worker, "worker", worker)
+
+
+def release_memory() -> None:
+    """Give unused blocks of the accelerator's allocator back."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def abort_all(llm: Any) -> None:
+    """Drop every unfinished request."""
+    requests = list(llm.llm_engine.output_processor.request_states)
+    if requests:
+        llm.llm_engine.abort_request(requests, internal=True)
+
+
+def reset_caches(llm: Any) -> None:
+    """Drop everything computed with earlier weights: cached prefixes, multimodal inputs, encoder outputs."""
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM could not reset its prefix cache: requests are still running")
+    llm.llm_engine.reset_mm_cache()
+    llm.llm_engine.reset_encoder_cache()
+
+
+def keep_process_group() -> None:
+    """From now on, ending an engine leaves torch.distributed's default process group alone.
+
+    An engine that found no process group creates one of its own (one member, loopback). It stays while the engine
+    lives and the engine's owner ends it. A trainer that uses torch.distributed initializes it before the engine.
+    """
+    core: Any = importlib.import_module("vllm.v1.engine.core")
+    core.cleanup_dist_env_and_memory = functools.partial(_leave_groups, own_group=False)
+
+
+def _leave_groups(*, own_group: bool) -> None:
+    """End vLLM's process groups, and the default one if it is vLLM's own."""
+    import torch.distributed as dist
+
+    state: Any = importlib.import_module("vllm.distributed.parallel_state")
+    gc.unfreeze()
+    state.destroy_model_parallel()
+    if state._WORLD is not None:
+        state._WORLD.destroy()
+        state._WORLD = None
+    if hasattr(state, "_NODE_COUNT"):
+        state._NODE_COUNT = None
+    if own_group and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def uncompile_sampler() -> None:
+    """Use the plain originals of two small sampler functions that vLLM compiles at the first request (20 s)."""
+    sampler = importlib.import_module("vllm.v1.sample.sampler")
+    for module_name, name in (
+        ("vllm.v1.sample.ops.logprobs", "batched_count_greater_than"),
+        ("vllm.v1.sample.ops.topk_topp_sampler", "compiled_random_sample"),
+    ):
+        module = importlib.import_module(module_name)
+        compiled = getattr(module, name, None)
+        original = getattr(compiled, "_torchdynamo_orig_callable", None)
+        if original is not None:
+            for holder in (module, sampler):
+                if getattr(holder, name, None) is compiled:
+                    setattr(holder, name, original)
+
+
+def keep_model_classes() -> None:
+    """Let the trainer's models of a class that vLLM's transformers backend decorates work as before.
+
+    The backend makes `__init__` and `__call__` of the architecture's class expect an engine's configuration, for every
+    instance in the process. From now on only instances made by an engine take the decorated ways.
+    """
+    backend: Any = importlib.import_module("vllm.model_executor.models.transformers.base")
+    original = backend.support_torch_compile
+    if hasattr(original, "by_instance"):
+        return
+    from vllm.config import get_current_vllm_config_or_none
+
+    def support_torch_compile(*args: Any, **kwargs: Any) -> Callable[[type], type]:
+        decorate = original(*args, **kwargs)
+
+        def apply(cls: Any) -> type:
+            if getattr(cls.__init__, "by_instance", False):
+                return cls
+            plain_init, plain_call = cls.__init__, cls.__call__
+            decorate(cls)
+            engine_init, engine_call = cls.__init__, cls.__call__
+
+            @functools.wraps(plain_init)
+            def init(self: Any, *args: Any, **kwargs: Any) -> None:
+                made_by_engine = get_current_vllm_config_or_none() is not None
+                (engine_init if made_by_engine else plain_init)(self, *args, **kwargs)
+
+            @functools.wraps(plain_call)
+            def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+                # vLLM's own `__init__` leaves this mark.
+                return (engine_call if "do_not_compile" in self.__dict__ else plain_call)(self, *args, **kwargs)
+
+            init.by_instance = True  # type: ignore[attr-defined]
+            cls.__init__, cls.__call__ = init, call
+            return cls
+
+        return apply
+
+    support_torch_compile.by_instance = True  # type: ignore[attr-defined]
+    backend.support_torch_compile = support_torch_compile

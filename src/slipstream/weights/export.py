@@ -1,0 +1,153 @@
+"""Named full tensors out of a training model, under the names of its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # attributes of torch.compile's and checkpointing's wrappers
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile and DistributedDataParallel wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+@torch.no_grad()
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the full value of every weight of `model`, once, as its checkpoint would hold them.
+
+    The model may be compiled, wrapped in DistributedDataParallel, sharded by FSDP2 (each weight is gathered when its
+    turn comes, on all ranks together), and carry LoRA adapters. The active adapters are merged into copies:
+    a tensor without adapter is the training weight itself (do not write to it), one with an adapter is new. Modules
+    that an adapter replaced (`modules_to_save`) give the replacement. Tied weights come once, under the first name.
+
+    Raises:
+        NotImplementedError: FSDP1, DeepSpeed ZeRO-3, quantized weights, adapters other than LoRA, or an adapter on one
+            of two tied embeddings.
+    """
+    model = unwrap(model)
+    _check_layout(model)
+    base: Any = model
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        base = base.get_base_model()
+    if base is not model:
+        _check_tied_embeddings(base)
+    tensors = _walk(base, "", set())
+    if _has_renamed_weights(base):
+        from transformers.core_model_loading import revert_weight_conversion
+
+        # One checkpoint tensor can be made of several weights, so this step needs them all.
+        tensors = iter(revert_weight_conversion(base, dict(tensors)).items())
+    yield from tensors
+
+
+def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    kinds = {cls.__name__ for cls in type(module).__mro__} if type(module).__module__.startswith("peft.") else set()
+    if "ModulesToSaveWrapper" in kinds:
+        active = [name for name in module.active_adapters if name in module.modules_to_save]  # type: ignore
+        yield from _walk(module.modules_to_save[active[0]] if active else module.original_module, prefix, seen)  # type: ignore
+        return
+    if "LoraLayer" in kinds:
+        # A merged value is a passing object, whose id may be given to the next one: the parameter is what is seen.
+        for name, parameter, value in _merged(module, prefix):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, _full(value)
+        return
+    if kinds & {"BaseTunerLayer", "AuxiliaryTrainingWrapper"}:
+        raise NotImplementedError(
+            f"{prefix.rstrip('.')}: adapters of type {type(module).__name__} cannot be merged into the weights that go "
+            "to the engine. Use LoRA."
+        )
+    for name, parameter in module.named_parameters(recurse=False):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            _check_parameter(prefix + name, parameter)
+            yield prefix + name, _full(parameter)
+    for name, child in module.named_children():
+        yield from _walk(child, prefix if name in _WRAPPED else f"{prefix}{name}.", seen)
+
+
+def _merged(layer: Any, prefix: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, parameter, and value with the active adapters' changes added out of place, of the base layer."""
+    if type(layer).__name__ == "ParamWrapper":
+        raise NotImplementedError(f"{prefix.rstrip('.')}: LoRA on a parameter (target_parameters) cannot be exported")
+    trained = layer.lora_embedding_A if len(layer.lora_embedding_A) else layer.lora_A
+    adapters = [name for name in layer.active_adapters if name in trained and name not in layer.merged_adapters]
+    for name, parameter in layer.get_base_layer().named_parameters():
+        _check_parameter(prefix + name, parameter)
+        value = parameter
+        for adapter in adapters:
+            if name == "weight":
+                if adapter in getattr(layer, "lora_variant", {}):  # DoRA and the like
+                    value = layer.lora_variant[adapter].merge_safe(layer, adapter, value.detach().clone())
+                else:
+                    value = (value + layer.get_delta_weight(adapter)).to(parameter.dtype)
+            elif name == "bias" and layer.lora_bias.get(adapter):
+                value = (value + layer.lora_B[adapter].bias * layer.scaling[adapter]).to(parameter.dtype)
+        yield prefix + name, parameter, value
+
+
+def _full(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _check_parameter(name: str, parameter: Tensor) -> None:
+    if hasattr(parameter, "ds_id"):
+        raise NotImplementedError("weights sharded by DeepSpeed ZeRO-3 cannot be exported yet; use ZeRO-2 or FSDP2")
+    if not parameter.is_floating_point():
+        raise NotImplementedError(
+            f"{name} is stored as {parameter.dtype}: quantized training weights cannot be exported to the engine. Load "
+            "the model without quantization."
+        )
+
+
+def _check_layout(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise NotImplementedError(
+            "weights sharded by FSDP version 1 cannot be exported yet; set fsdp_version: 2 in the accelerate config"
+        )
+
+
+def _check_tied_embeddings(base: Any) -> None:
+    """An engine has one tensor for tied embeddings, so training must have one as well."""
+    config = getattr(base, "config", None)
+    if config is None or not getattr(config.get_text_config(), "tie_word_embeddings", False):
+        return
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(base, getter)()
+        if module is not None and type(module).__module__.startswith("peft."):
+            raise NotImplementedError(
+                f"the model's input and output embeddings are tied (tie_word_embeddings), but an adapter "
+                f"({type(module).__name__}) trains one of them apart. Leave the embeddings out of target_modules and "
+                "modules_to_save."
+            )
+
+
+def _has_renamed_weights(model: Any) -> bool:
+    """Whether transformers holds this model's weights under other names or shapes than its checkpoint does."""
+    if not hasattr(model, "config"):
+        return False
+    from transformers import core_model_loading
+
+    if not hasattr(core_model_loading, "revert_weight_conversion"):
+        return False
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    return bool(conversions)
