@@ -68,6 +68,9 @@ def engine_options(fields: Mapping[str, Any], extra: Mapping[str, Any] | None) -
     options.setdefault("use_tqdm_on_load", False)
     if vllm_compat.on_cpu():
         options.setdefault("enforce_eager", True)
+        # A prompt that is cut in two between steps draws a token too many, which vLLM takes back from a seeded
+        # generator by its offset; generators on the CPU have none, and the engine dies.
+        options.setdefault("enable_chunked_prefill", False)
         if "kv_cache_memory_bytes" not in options:
             options["kv_cache_memory_bytes"] = cpu_cache_bytes(options)
     elif _ranks() > 1:

@@ -1,0 +1,29 @@
+"""An engine at its limits: more prompt tokens at once than fit in one of its steps."""
+
+from __future__ import annotations
+
+import engines
+import pytest
+
+from slipstream.generation.colocate import ColocateEngine
+from slipstream.generation.engine import Request, Sampling
+from slipstream.weights.export import named_tensors
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model):
+    """A step takes 128 tokens, which four and a bit of the prompts below fill."""
+    made = ColocateEngine(
+        model=str(tiny_model), dtype="float32", max_model_len=128, max_num_seqs=64,
+        engine_kwargs={"max_num_batched_tokens": 128, "enable_prefix_caching": False},
+    )  # fmt: skip
+    made.update_weights(0, named_tensors(engines.policy(tiny_model)))
+    yield made
+    made.close()
+
+
+def test_seeded_requests_may_be_more_than_a_step_holds(engine):
+    requests = [Request(p, n=3, seed=10 * i) for i, p in enumerate(engines.prompts(12, 30))]
+    crowded = engine.generate(requests, Sampling(6))
+    alone = [engine.generate([request], Sampling(6))[0] for request in requests]
+    assert [[c.ids for c in group] for group in crowded] == [[c.ids for c in group] for group in alone]
