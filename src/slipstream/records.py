@@ -80,12 +80,14 @@ class StepTotals:
     Attributes:
         rows: Completions.
         tokens: Completion tokens that enter the loss.
+        chosen_tokens: Those of them that the entropy mask keeps; all of them without one.
         ranks: Processes whose gradients are averaged.
     """
 
     rows: int
     tokens: float
     ranks: int
+    chosen_tokens: float = 1.0
 
 
 @dataclass(slots=True)
@@ -97,6 +99,7 @@ class MicroBatch:
     Attributes:
         rollouts: The rows.
         input_ids_BT: Token ids, padded on the right.
+        attention_mask_BT: 1 for tokens, 0 for padding.
         positions_N: Where in the flattened (B*T) input each completion token is predicted from.
         targets_N: The completion tokens.
         rows_N: Row of each completion token.
@@ -104,11 +107,12 @@ class MicroBatch:
         advantages_B: Advantage of each row.
         totals: Of the optimizer step that this is a part of.
         per_token: Values given to each completion token beforehand, by name, shape (N,): `sampler_logps`, `old_logps`,
-            `ref_logps` where they are needed.
+            `ref_logps`, `entropy_mask` where they are needed.
     """
 
     rollouts: list[Rollout]
     input_ids_BT: Tensor
+    attention_mask_BT: Tensor
     positions_N: Tensor
     targets_N: Tensor
     rows_N: Tensor

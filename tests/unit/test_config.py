@@ -68,6 +68,19 @@ def test_a_config_survives_a_round_trip():
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
         ({"reward_timeout": 0}, "reward_timeout=0 .*> 0"),
         ({"num_completions_to_print": 0}, "num_completions_to_print=0"),
+        ({"loss_type": "cispo"}, "epsilon_high=None does not go with loss_type='cispo'.*above 1"),
+        ({"loss_type": "cispo", "epsilon_high": 0.3}, "epsilon_high=0.3 does not go with"),
+        ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "set importance_sampling_level='token'"),
+        ({"loss_type": "vespo", "use_vllm": True}, "'token_truncate' or 'token_mask'"),
+        ({"sync_ref_model": True}, "beta=0.0 loads none"),
+        ({"top_entropy_quantile": 0.0}, "top_entropy_quantile=0.0 .*> 0"),
+        ({"top_entropy_quantile": 1.1}, "top_entropy_quantile=1.1 .*<= 1"),
+        ({"ref_model_mixup_alpha": 1.5}, "ref_model_mixup_alpha=1.5 .*<= 1"),
+        ({"ref_model_sync_steps": 0}, "ref_model_sync_steps=0"),
+        ({"delta": -1.0}, "delta=-1.0 .*>= 0"),
+        ({"sapo_temperature_pos": 0.0}, "sapo_temperature_pos=0.0 .*> 0"),
+        ({"entropy_coef_min": 0.5, "entropy_coef_max": 0.1}, "entropy_coef_max=0.1 .*>= 0.5"),
+        ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation='sum'"),
     ],
 )
 def test_wrong_values_are_named(values, message):
@@ -78,10 +91,8 @@ def test_wrong_values_are_named(values, message):
 @pytest.mark.parametrize(
     "values",
     [
-        {"loss_type": "grpo"},
-        {"delta": 2.0},
         {"use_transformers_paged": True},
-        {"top_entropy_quantile": 0.2},
+        {"max_tool_calling_iterations": 3},
         {"use_vllm": True, "vllm_mode": "server"},
     ],
 )

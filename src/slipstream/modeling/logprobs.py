@@ -25,15 +25,26 @@ class PolicyOutput:
 
     Attributes:
         logps_N: Log-probability of each completion token, float32, differentiable.
-        entropies_N: Entropy of the distribution it was drawn from, float32, without gradient; None if not asked for.
+        entropies_N: Entropy of the distribution it was drawn from, float32; None if not asked for. Without gradient,
+            unless that was asked for.
+        router_loss: The load balancing loss of a mixture of experts, if it was asked for.
     """
 
     logps_N: Tensor
     entropies_N: Tensor | None
+    router_loss: Tensor | None = None
 
 
 def score_tokens(
-    model: nn.Module, head: nn.Module, batch: MicroBatch, *, temperature: float, entropies: bool = False
+    model: nn.Module,
+    head: nn.Module,
+    batch: MicroBatch,
+    *,
+    temperature: float,
+    entropies: bool = False,
+    entropy_gradient: bool = False,
+    router_loss: bool = False,
+    float32_head: bool = False,
 ) -> PolicyOutput:
     """Run `model` once and score the completion tokens of `batch`.
 
@@ -43,10 +54,18 @@ def score_tokens(
         batch: The rows.
         temperature: Logits are divided by it, as they were when the tokens were sampled.
         entropies: Whether to compute entropies as well.
+        entropy_gradient: Whether gradients flow through them.
+        router_loss: Whether to compute the load balancing loss of a mixture of experts.
+        float32_head: Whether to compute the logits in float32, whatever the model computes in.
     """
-    with _only_at(head, batch.positions_N):
-        # No attention mask: rows are padded on the right, see Packer.
-        logits_NV = model(input_ids=batch.input_ids_BT, use_cache=False).logits
+    # Rows are padded on the right (see Packer), so that no real token sees the padding: attention needs no mask.
+    options: dict[str, Any] = {"use_cache": False}
+    if router_loss:
+        # The experts do see it, and padding must not count in their balance.
+        options |= {"output_router_logits": True, "attention_mask": batch.attention_mask_BT}
+    with _only_at(head, batch.positions_N, float32_head):
+        answer = model(input_ids=batch.input_ids_BT, **options)
+    logits_NV = answer.logits
     if logits_NV.shape[:-1] != batch.positions_N.shape:
         raise RuntimeError(
             f"the model returned logits of shape {tuple(logits_NV.shape)} where {len(batch.positions_N)} rows were "
@@ -58,7 +77,11 @@ def score_tokens(
         logits_NV = logits_NV / temperature
     normalizer_N = logits_NV.logsumexp(dim=-1)
     logps_N = logits_NV.gather(-1, batch.targets_N.unsqueeze(-1)).squeeze(-1) - normalizer_N
-    return PolicyOutput(logps_N, _entropies(logits_NV.detach(), normalizer_N.detach()) if entropies else None)
+    balance = answer.aux_loss if router_loss else None
+    if not entropies:
+        return PolicyOutput(logps_N, None, balance)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        return PolicyOutput(logps_N, _entropies(logits_NV, normalizer_N), balance)
 
 
 def _entropies(logits_NV: Tensor, normalizer_N: Tensor) -> Tensor:
@@ -70,7 +93,7 @@ def _entropies(logits_NV: Tensor, normalizer_N: Tensor) -> Tensor:
 
 
 @contextmanager
-def _only_at(head: nn.Module, positions_N: Tensor) -> Iterator[None]:
+def _only_at(head: nn.Module, positions_N: Tensor, float32: bool) -> Iterator[None]:
     """Let `head` see the hidden states at `positions_N` of the flattened batch, and no others.
 
     The output embedding is the largest product and its logits are the largest tensor of a step; prompt and padding
@@ -81,8 +104,17 @@ def _only_at(head: nn.Module, positions_N: Tensor) -> Iterator[None]:
         hidden_BTH = args[0]
         return (hidden_BTH.flatten(0, -2)[positions_N], *args[1:]), kwargs
 
+    def precisely(hidden_NH: Tensor) -> Tensor:
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            bias = getattr(head, "bias", None)
+            return nn.functional.linear(hidden_NH.float(), head.weight.float(), None if bias is None else bias.float())  # type: ignore[operator]
+
     hook = head.register_forward_pre_hook(select, with_kwargs=True)
+    forward = head.forward
+    if float32:
+        head.forward = precisely  # type: ignore[method-assign]
     try:
         yield
     finally:
         hook.remove()
+        head.forward = forward  # type: ignore[method-assign]

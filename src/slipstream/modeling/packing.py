@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slipstream.records import MicroBatch, Rollout, StepTotals
 
-PER_TOKEN = ("sampler_logps", "old_logps", "ref_logps")
+PER_TOKEN = ("sampler_logps", "old_logps", "ref_logps", "entropy_mask")
 
 
 class Packer:
@@ -44,8 +44,8 @@ class Packer:
 
     def micro_batch(self, rollouts: list[Rollout], totals: StepTotals) -> MicroBatch:
         """The tensors of these rows."""
-        longest = max(len(r.prompt.ids) + len(r.completion.ids) for r in rollouts)
-        longest = -(-longest // self.multiple) * self.multiple
+        lengths = [len(r.prompt.ids) + len(r.completion.ids) for r in rollouts]
+        longest = -(-max(lengths) // self.multiple) * self.multiple
         input_ids = torch.full((len(rollouts), longest), self.pad_token_id, dtype=torch.long)
         positions, targets, rows, mask = [], [], [], []
         for i, rollout in enumerate(rollouts):
@@ -61,6 +61,7 @@ class Packer:
         return MicroBatch(
             rollouts=rollouts,
             input_ids_BT=input_ids.to(self.device),
+            attention_mask_BT=(torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)).long().to(self.device),
             positions_N=torch.cat(positions).to(self.device),
             targets_N=torch.cat(targets).to(self.device),
             rows_N=torch.cat(rows).to(self.device),

@@ -25,15 +25,33 @@ def nanstd(values: Tensor, dim: int) -> Tensor:
     return torch.where(count > 1, (spread / (count - 1).clamp(min=1)).sqrt(), 0.0)
 
 
-def group_advantages(rewards_R: Tensor, group_size: int) -> Tensor:
-    """GRPO's advantages (https://arxiv.org/abs/2402.03300): (R - mean) / (std + 1e-4) within each group, shape (R,).
+def group_advantages(rewards_R: Tensor, group_size: int, scale: str = "group") -> Tensor:
+    """GRPO's advantages (https://arxiv.org/abs/2402.03300): R minus the mean of its group, scaled, shape (R,).
 
     Args:
         rewards_R: Rewards; the `group_size` completions of a prompt stand together. NaN: no reward.
         group_size: Completions of each prompt.
+        scale: `group` divides by the group's standard deviation + 1e-4, `batch` by that of all rewards
+            (https://arxiv.org/abs/2508.08221), `none` by nothing (https://arxiv.org/abs/2503.20783).
 
-    A row without a reward gets advantage 0 and does not enter its group's mean and standard deviation.
+    A row without a reward gets advantage 0 and does not enter any mean or standard deviation.
     """
     groups = rewards_R.view(-1, group_size)
     centered = groups - groups.nanmean(dim=1, keepdim=True)
-    return (centered / (nanstd(groups, dim=1).unsqueeze(1) + STD_FLOOR)).nan_to_num(0.0).view(-1)
+    if scale == "group":
+        centered = centered / (nanstd(groups, dim=1).unsqueeze(1) + STD_FLOOR)
+    elif scale == "batch":
+        centered = centered / (nanstd(rewards_R, dim=0) + STD_FLOOR)
+    return centered.nan_to_num(0.0).view(-1)
+
+
+def decoupled_advantages(rewards_RF: Tensor, weights_F: Tensor, group_size: int) -> Tensor:
+    """GDPO's advantages (https://arxiv.org/abs/2601.05242), shape (R,): each reward function is normalized within its
+    group before they are summed, then the sum over the batch, so that no function drowns another.
+
+    A row that no function scored gets advantage 0.
+    """
+    groups = rewards_RF.view(-1, group_size, rewards_RF.shape[1])
+    normalized = (groups - groups.nanmean(dim=1, keepdim=True)) / (nanstd(groups, dim=1).unsqueeze(1) + STD_FLOOR)
+    total_R = combine_rewards(normalized.view_as(rewards_RF), weights_F)
+    return ((total_R - total_R.nanmean()) / (nanstd(total_R, dim=0) + STD_FLOOR)).nan_to_num(0.0)
