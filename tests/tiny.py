@@ -32,7 +32,7 @@ def tokenizer():
 
 
 def build(path: str | Path, *, seed: int = 0, layers: int = 2, hidden: int = 64, tied: bool = True) -> Path:
-    """Save a random Qwen2-shaped model (grouped-query attention, fused qkv with bias) and its tokenizer; return `path`."""
+    """Save a random Qwen2-shaped model (grouped-query attention, fused qkv with bias) and its tokenizer."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

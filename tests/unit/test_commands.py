@@ -36,6 +36,10 @@ class TestSettings:
         assert args.learning_rate == 1e-5
         assert args.model_init_kwargs == {"dtype": "bfloat16"}
 
+    def test_a_bare_no_is_a_strategy(self):
+        _, args = parse_settings(NEEDED | read_settings(None, ["--eval_strategy", "no"]), GRPOConfig)
+        assert args.eval_strategy == "no"
+
     def test_a_misspelt_setting_is_named(self):
         with pytest.raises(ValueError, match=r"'num_generation' \(did you mean 'num_generations'\?\)"):
             parse_settings(NEEDED | {"num_generation": 4}, GRPOConfig)

@@ -131,7 +131,7 @@ def parse_settings(settings: dict[str, Any], config_class: Any) -> tuple[RunConf
         if not getattr(run_config, name):
             raise ValueError(f"{name} is missing: give it in the --config file or as --{name}.")
     passed = {
-        name: _as_number(value, str(trainer_fields[name].type)) for name, value in settings.items() if name not in own
+        name: _as_declared(value, str(trainer_fields[name].type)) for name, value in settings.items() if name not in own
     }
     init = dict(passed.get("model_init_kwargs") or {})
     for name, value in (
@@ -146,12 +146,15 @@ def parse_settings(settings: dict[str, Any], config_class: Any) -> tuple[RunConf
     return run_config, config_class(**passed)
 
 
-def _as_number(value: Any, annotation: str) -> Any:
+def _as_declared(value: Any, annotation: str) -> Any:
+    """What YAML reads otherwise than a setting means it: `1e-5` is a string there, and a bare `no` is false."""
     if isinstance(value, str) and "float" in annotation and "str" not in annotation:
         try:
             return float(value)
         except ValueError:
             return value
+    if value is False and "Strategy" in annotation:
+        return "no"
     return value
 
 

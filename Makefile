@@ -1,0 +1,52 @@
+# Everything runs in .venv, which `setup` makes once. PYTHON=python3.12 chooses another interpreter for it,
+# ARGS="..." is passed on: make test ARGS="tests/unit -x".
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup peer parity quickstart test lint format typecheck lock clean distclean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the locked CPU versions (Linux x86-64, Python >= 3.11)
+
+$(STAMP): requirements/cpu.lock pyproject.toml scripts/setup.py
+	@$(PYTHON) scripts/setup.py
+	@touch $@
+
+peer: ## make .venv-peer, with TRL beside the project, for `make parity`
+	@$(PYTHON) scripts/peer.py
+
+parity: ## compare losses and gradients with TRL's and write docs/parity.md
+	@test -x .venv-peer/bin/python || { echo "there is no .venv-peer: make peer" >&2; exit 1; }
+	@.venv-peer/bin/python benchmarks/parity/grpo.py $(ARGS)
+
+quickstart: setup ## train a small chat model on arithmetic with GRPO and vLLM
+	@$(BIN)/slipstream grpo --config examples/quickstart/grpo.yaml $(ARGS)
+
+test: setup ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## look for mistakes and for unformatted files
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: setup ## format the code and fix what can be fixed
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+typecheck: setup ## check the types
+	@$(BIN)/mypy
+
+lock: setup ## write requirements/cpu.lock from what is installed
+	@$(BIN)/python scripts/lock.py
+
+clean: ## remove caches and build outputs
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find src tests examples benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv and .venv-peer as well
+	rm -rf .venv .venv-peer
