@@ -116,3 +116,43 @@ def test_the_head_is_left_as_it_was(model, rollouts):
 def test_padding_to_a_multiple(rollouts):
     packer = Packer(2, 0, torch.device("cpu"), pad_to_multiple_of=8)
     assert [b.input_ids_BT.shape[1] for b in packer.pack(rollouts, TOTALS)] == [16, 16, 8]
+
+
+def test_a_float32_head_keeps_what_bfloat16_loses(tiny_model, rollouts):
+    rough = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    (batch,) = Packer(9, 0, torch.device("cpu")).pack(rollouts, TOTALS)
+    hidden = rough.model(batch.input_ids_BT).last_hidden_state.flatten(0, 1)[batch.positions_N]
+    exact = (hidden.double() @ rough.lm_head.weight.double().T).log_softmax(-1)
+    expected = exact.gather(-1, batch.targets_N[:, None])[:, 0]
+
+    def error(**options):
+        output = score_tokens(rough, rough.lm_head, batch, temperature=1.0, **options)
+        return (output.logps_N - expected).abs().max()
+
+    assert error(float32_head=True) < 1e-5 < error()
+    assert rough(torch.tensor([[5, 6]])).logits.dtype == torch.bfloat16
+
+
+def test_entropies_have_a_gradient_only_when_asked(model, rollouts):
+    (batch,) = Packer(9, 0, torch.device("cpu")).pack(rollouts, TOTALS)
+    for wanted in (True, False):
+        output = score_tokens(model, model.lm_head, batch, temperature=1.0, entropies=True, entropy_gradient=wanted)
+        assert output.entropies_N.requires_grad == wanted
+        assert output.logps_N.requires_grad
+
+
+def test_padding_does_not_count_in_the_balance_of_experts(rollouts):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    experts = MixtralForCausalLM(config).eval()
+    losses = []
+    for multiple in (1, 32):
+        (batch,) = Packer(9, 0, torch.device("cpu"), multiple).pack(rollouts, TOTALS)
+        losses.append(score_tokens(experts, experts.lm_head, batch, temperature=1.0, router_loss=True).router_loss)
+    assert losses[0] > 0
+    assert torch.allclose(losses[0], losses[1], atol=1e-6)

@@ -67,7 +67,8 @@ def build_engine(
 
 
 def _save_shape(model: nn.Module, tokenizer: Any, folder: Path) -> str:
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    given: Any = model
+    base = given.get_base_model() if hasattr(given, "get_base_model") else given
     base.config.save_pretrained(folder)
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.save_pretrained(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,16 +105,16 @@ def _only_at(head: nn.Module, positions_N: Tensor, float32: bool) -> Iterator[No
         return (hidden_BTH.flatten(0, -2)[positions_N], *args[1:]), kwargs
 
     def precisely(hidden_NH: Tensor) -> Tensor:
+        weight, bias = cast(Tensor, head.weight), cast("Tensor | None", getattr(head, "bias", None))
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            bias = getattr(head, "bias", None)
-            return nn.functional.linear(hidden_NH.float(), head.weight.float(), None if bias is None else bias.float())  # type: ignore[operator]
+            return nn.functional.linear(hidden_NH.float(), weight.float(), None if bias is None else bias.float())
 
     hook = head.register_forward_pre_hook(select, with_kwargs=True)
     forward = head.forward
     if float32:
-        head.forward = precisely  # type: ignore[method-assign]
+        head.forward = precisely
     try:
         yield
     finally:
         hook.remove()
-        head.forward = forward  # type: ignore[method-assign]
+        head.forward = forward

@@ -92,8 +92,8 @@ class GRPOConfig(OnlineConfig):
     def _check_combinations(self) -> None:
         if self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon_high <= 1):
             raise ValueError(
-                f"epsilon_high={self.epsilon_high} does not go with loss_type='cispo', where it is the largest weight of "
-                "a token: set it above 1, for example 5.0."
+                f"epsilon_high={self.epsilon_high} does not go with loss_type='cispo', where it is the largest "
+                "weight of a token: set it above 1, for example 5.0."
             )
         if self.loss_type == "vespo" and self.importance_sampling_level != "token":
             raise ValueError("loss_type='vespo' weights whole rows itself: set importance_sampling_level='token'.")
