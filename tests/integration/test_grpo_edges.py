@@ -149,7 +149,7 @@ class TestRestarts:
         trainer = make(tiny_model, tmp_path, max_steps=1, logging_steps=5)
         trainer.train()
         trainer.train()
-        assert len(trainer.metrics._values["step_time"]) == 1
+        assert len(trainer.metrics.values["step_time"]) == 1
 
 
 class TestLoop:

@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from slipstream.config import OnlineConfig
 from slipstream.generation.build import build_engine
@@ -27,7 +27,7 @@ from slipstream.records import MicroBatch, Rollout, StepTotals
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.rewards import RewardRunner, load_reward
 from slipstream.rollouts.sampler import PromptSampler, Slot, prompt_seed
-from slipstream.trainers import inputs, journal, loading
+from slipstream.trainers import checkpoint, inputs, journal, loading
 from slipstream.trainers.metrics import Clock, Metrics, Tally, length_metrics, mean_by_name, reward_metrics
 from slipstream.weights.export import named_tensors
 
@@ -103,6 +103,7 @@ class OnlineTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.given_weights = checkpoint.given_weights(policy, reference)
         self.reference = reference and self.accelerator.prepare_model(reference, evaluation_mode=True)
         loaded = [load_reward(f, t, self.accelerator.device) for f, t in zip(functions, tokenizers, strict=True)]
         self.rewards = RewardRunner([f for f, _ in loaded], [t for _, t in loaded], args.reward_timeout)
@@ -140,6 +141,8 @@ class OnlineTrainer(Trainer):
         )
         self.progress, self.journal = journal.install(self, self.rewards.names, self.renderer.text, title)
         self.rewards_are_binary = False
+        self._resume = checkpoint.Resume(self)
+        self.add_callback(self._resume)
 
     # What an algorithm brings ------------------------------------------------------------------------------------
 
@@ -158,20 +161,68 @@ class OnlineTrainer(Trainer):
         """
         raise NotImplementedError
 
+    def prepare(self, model: nn.Module, rollouts: Sequence[Rollout]) -> None:
+        """Called with this rank's rows of an optimizer step before it begins; nothing by default."""
+
+    def learned(self, metrics: dict[str, float]) -> None:
+        """Called with the metrics of an optimizer step when its gradients are there; nothing by default."""
+
+    def scoring_options(self) -> dict[str, Any]:
+        """Further arguments of `score_tokens` for the policy; none by default."""
+        return {}
+
     @staticmethod
     def _uses_reference(args: OnlineConfig) -> bool:
         """Whether log-probabilities under the initial policy are needed."""
         return bool(getattr(args, "beta", 0.0))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as transformers.Trainer does; see there for the arguments."""
+    def _extra_state(self) -> dict[str, Any]:
+        """What else a subclass needs to continue a run: numbers, strings, lists, dicts and tensors.
+
+        Every rank is asked at every checkpoint, and keeps its own answer.
+        """
+        return {}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what `_extra_state` returned (tensors are on the CPU now), before the first step is continued."""
+
+    # A run -------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as transformers.Trainer does; see there for the arguments.
+
+        A run that is resumed continues as if it had not been stopped: same rollouts, same log.
+
+        Raises:
+            FileNotFoundError, ValueError: the checkpoint is incomplete or damaged, or was saved by a run with another
+                plan of prompts and seeds; raised before its weights are loaded.
+        """
         # A run before this one may have been stopped anywhere; its last rollouts are not this run's.
-        self._slots, self._batch, self.metrics = [], None, Metrics()
+        self._slots, self._batch, self.metrics, self._resume.state = [], None, Metrics(), None
+        if resume_from_checkpoint:
+            resume_from_checkpoint, self._resume.state = checkpoint.read(self, resume_from_checkpoint)
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             # Gives the terminal back also when training fails.
             self.progress.close()
+        # Transformers' own is the loss of this call's steps alone: see `log`.
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint.clear(self, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Every rank comes by here, unless save_only_model, when its other files are written.
+        super()._save_rng_state(output_dir)
+        checkpoint.save(self, output_dir)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        # It skips the scheduler in the evaluation before the first step, which a run that is resumed has had.
+        if skip_scheduler and self.state.global_step:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     # One step ----------------------------------------------------------------------------------------------------
 
@@ -187,6 +238,7 @@ class OnlineTrainer(Trainer):
         rollouts = [rollout for slot in slots for rollout in self._rollouts(slot)]
         with self.clock.phase("train"):
             loss, metrics = self._learn(model, rollouts)
+        self.learned(metrics)
         self._finish_step(metrics)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
@@ -207,7 +259,10 @@ class OnlineTrainer(Trainer):
             self._batch = (key, self._sample_batch(slot))
         rows = self.args.per_device_train_batch_size
         first = slot.index % self._steps_per_generation * rows
-        return self._batch[1][first : first + rows]
+        rollouts = self._batch[1][first : first + rows]
+        if slot.index == self._sampler.slots_per_batch - 1:
+            self._batch = None
+        return rollouts
 
     def _sample_batch(self, slot: Slot) -> list[Rollout]:
         """Sample and score this rank's share of a generation batch."""
@@ -294,6 +349,7 @@ class OnlineTrainer(Trainer):
 
     def _learn(self, model: nn.Module, rollouts: list[Rollout]) -> tuple[Tensor, dict[str, float]]:
         """Forward and backward over the rows of an optimizer step."""
+        self.prepare(model, rollouts)
         totals = self._totals(rollouts)
         tally = Tally()
         versions = [r.completion.weight_version for r in rollouts]
@@ -317,19 +373,26 @@ class OnlineTrainer(Trainer):
             self._step_flops += 6 * batch.input_ids_BT.numel() * self._parameters
         return loss, tally.reduce(self.accelerator)
 
-    def _policy(self, model: nn.Module, batch: MicroBatch, *, entropies: bool = True) -> PolicyOutput:
+    def _policy(self, model: nn.Module, batch: MicroBatch) -> PolicyOutput:
+        return self._score_tokens(model, batch, entropies=True, **self.scoring_options())
+
+    def _score_tokens(self, model: nn.Module, batch: MicroBatch, **options: Any) -> PolicyOutput:
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        return score_tokens(model, head, batch, temperature=self.args.temperature, entropies=entropies)
+        return score_tokens(model, head, batch, temperature=self.args.temperature, **options)
 
     def _totals(self, rollouts: Sequence[Rollout]) -> StepTotals:
-        tokens = sum(len(r.completion.ids) for r in rollouts if r.in_loss)
-        counts = torch.tensor([len(rollouts), tokens], dtype=torch.float64, device=self.accelerator.device)
-        rows, tokens = self.accelerator.reduce(counts, "sum").tolist()
-        return StepTotals(rows=int(rows), tokens=max(tokens, 1.0), ranks=self.accelerator.num_processes)
+        kept = [r for r in rollouts if r.in_loss]
+        tokens = sum(len(r.completion.ids) for r in kept)
+        chosen = sum(
+            float(r.extra["entropy_mask"].sum()) if "entropy_mask" in r.extra else len(r.completion.ids) for r in kept
+        )
+        counts = torch.tensor([len(rollouts), tokens, chosen], dtype=torch.float64, device=self.accelerator.device)
+        rows, tokens, chosen = self.accelerator.reduce(counts, "sum").tolist()
+        return StepTotals(int(rows), max(tokens, 1.0), self.accelerator.num_processes, max(chosen, 1.0))
 
     @torch.no_grad()
-    def _annotate(self, model: nn.Module, rollouts: Sequence[Rollout], name: str) -> None:
-        """Give each rollout its log-probabilities under `model` as it is now, as `extra[name]`.
+    def _annotate(self, model: nn.Module, rollouts: Sequence[Rollout], name: str, *, entropies: bool = False) -> None:
+        """Give each rollout its log-probabilities (or entropies) under `model` as it is now, as `extra[name]`.
 
         In evaluation mode: the engine samples without dropout too, and nothing has to be recomputed.
         """
@@ -338,9 +401,12 @@ class OnlineTrainer(Trainer):
         try:
             with self.clock.phase("train"), self.compute_loss_context_manager():
                 for batch in self.packer.pack(rollouts, StepTotals(0, 1.0, 1)):
-                    output = self._policy(model, batch, entropies=False)
-                    for rollout, logps in zip(batch.rollouts, batch.split_rows(output.logps_N), strict=True):
-                        rollout.extra[name] = logps
+                    precise = self.scoring_options().get("float32_head", False)
+                    output = self._score_tokens(model, batch, entropies=entropies, float32_head=precise)
+                    values_N = output.entropies_N if entropies else output.logps_N
+                    assert values_N is not None
+                    for rollout, values in zip(batch.rollouts, batch.split_rows(values_N), strict=True):
+                        rollout.extra[name] = values
         finally:
             model.train(was_training)
 
@@ -413,6 +479,8 @@ class OnlineTrainer(Trainer):
         if "loss" in logs:
             logs.update(self.metrics.flush())  # type: ignore[arg-type]
             logs["num_tokens"] = self.state.num_input_tokens_seen
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     # Evaluation --------------------------------------------------------------------------------------------------
@@ -443,6 +511,7 @@ class OnlineTrainer(Trainer):
             rollout.in_loss = False
         if self._uses_reference(self.args):
             self._annotate_reference(rollouts)
+        self.prepare(self.model_wrapped, rollouts)
         totals, tally = self._totals(rollouts), Tally()
         loss = torch.zeros((), device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -513,6 +582,10 @@ class OnlineTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
         """The slots of one optimizer step."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from its last checkpoint. Transformers would take one step more before it looks.
+            self.control.should_training_stop = True
+            return [], None
         return [slot for _, slot in zip(range(num_batches), epoch_iterator, strict=False)], None
 
     def _track_num_input_tokens(self, slot: Any) -> None:

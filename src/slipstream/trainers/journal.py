@@ -25,6 +25,9 @@ class Journal(TrainerCallback):
         render: Returns the text of a prompt's token ids.
         progress: Whose console is printed on.
         title: Heading of the report.
+
+    Attributes:
+        rows: Completions of training that are not yet written.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class Journal(TrainerCallback):
         self.title = title
         self.folder = Path(args.output_dir)
         self.log = CompletionLog(self.folder / "completions.jsonl")
-        self._rows: list[CompletionRow] = []
+        self.rows: list[CompletionRow] = []
 
     def take(self, rollouts: Sequence[Rollout], step: int, mode: Any, extra: dict[str, list[Any]]) -> None:
         """Note the rollouts of a generation batch (in place of the one before) or of an evaluation."""
@@ -67,17 +70,23 @@ class Journal(TrainerCallback):
         if mode == "eval":
             self.log.append(rows)
         else:
-            self._rows = rows
+            self.rows = rows
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop what a run that is continued, or begun anew in the same folder, had noted after this point."""
         self.log.truncate_after(state.global_step if state.global_step else -1)
+        self.rows = []
+
+    def resume(self, rows: list[CompletionRow]) -> None:
+        """Take rows back that were not written when a checkpoint was saved, but those that the run wrote afterwards."""
+        written = {(row.step, row.mode) for row in self.log.read()} if rows else set()
+        self.rows = [row for row in rows if (row.step, row.mode) not in written]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """With each log of training, note the last completions and show them."""
-        if not logs or "loss" not in logs or not self._rows:
+        if not logs or "loss" not in logs or not self.rows:
             return
-        rows, self._rows = self._rows, []
+        rows, self.rows = self.rows, []
         self.log.append(rows)
         if self.args.log_completions:
             self.progress.console.print(completions_table(self._chosen(rows), rows[0].step))

@@ -66,23 +66,27 @@ class Tally:
 
 
 class Metrics:
-    """Named values that are averaged between two logs."""
+    """Named values that are averaged between two logs.
 
-    def __init__(self) -> None:
-        self._values: dict[str, list[float]] = defaultdict(list)
+    Args:
+        values: What has been taken already, by name.
+    """
+
+    def __init__(self, values: dict[str, list[float]] | None = None) -> None:
+        self.values: dict[str, list[float]] = defaultdict(list, values or {})
 
     def add(self, values: dict[str, float]) -> None:
         """Take one value a name."""
         for name, value in values.items():
-            self._values[name].append(value)
+            self.values[name].append(value)
 
     def flush(self) -> dict[str, float | None]:
         """Averages since the last flush; NaN values are left out, and a name with nothing else is None."""
         averages: dict[str, float | None] = {}
-        for name, values in self._values.items():
+        for name, values in self.values.items():
             valid = [v for v in values if not math.isnan(v)]
             averages[name] = sum(valid) / len(valid) if valid else None
-        self._values.clear()
+        self.values.clear()
         return averages
 
 
