@@ -314,6 +314,17 @@ class GRPOTrainer(OnlineTrainer):
                 self.entropy_coef = max(self.entropy_coef - args.entropy_coef_delta, args.entropy_coef_min)
         metrics["entropy_coef"] = self.entropy_coef
 
+    def _extra_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"entropy_coef": self.entropy_coef, "last_entropy": self.last_entropy}
+        if self.args.sync_ref_model:
+            state["reference"] = self.accelerator.unwrap_model(self.reference).state_dict()
+        return state
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        self.entropy_coef, self.last_entropy = state["entropy_coef"], state["last_entropy"]
+        if self.args.sync_ref_model:
+            self.accelerator.unwrap_model(self.reference).load_state_dict(state["reference"])
+
 
 def _router_coefficient(model: Any, wanted: float | None) -> float:
     """Weight of the load balancing loss: the one wanted, or else the model's own; 0.0 for a model without experts."""
