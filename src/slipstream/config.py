@@ -81,6 +81,9 @@ class OnlineConfig(TrainingArguments):
     num_generations: int = option(8, "Completions sampled for each prompt.")
     num_generations_eval: int | None = option(None, "The same in evaluation; None: as in training.")
     max_completion_length: int = option(512, "Largest number of tokens of a completion.")
+    overlong_prompts: str = option(
+        "error", "What to do with prompts that leave no room for max_completion_length: `error`, or `skip` them."
+    )
     shuffle_dataset: bool = option(True, "Draw the prompts in a new random order each epoch.")
     generation_batch_size: int | None = option(None, "Completions generated at a time, over all processes.")
     steps_per_generation: int | None = option(
@@ -176,6 +179,7 @@ class OnlineConfig(TrainingArguments):
         if self.min_p is not None:
             number("min_p", self.min_p, least=0, most=1)
         number("repetition_penalty", self.repetition_penalty, above=0)
+        one_of("overlong_prompts", self.overlong_prompts, ("error", "skip"))
         number("reward_timeout", self.reward_timeout, above=0)
         if self.num_completions_to_print is not None:
             number("num_completions_to_print", self.num_completions_to_print, least=1, integer=True)

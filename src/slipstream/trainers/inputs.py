@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch.utils.data import DataLoader
+from transformers import AutoConfig
 
 from slipstream.config import OnlineConfig
+from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.sampler import PromptSampler
 
 
@@ -89,3 +92,53 @@ def reward_lists(reward_funcs: Any, tokenizers: Any, args: OnlineConfig) -> tupl
     if args.reward_weights is not None and len(args.reward_weights) != len(functions):
         raise ValueError(f"reward_weights has {len(args.reward_weights)} values for {len(functions)} reward_funcs.")
     return functions, tokenizers
+
+
+def longest_sequence(model: Any, config: OnlineConfig) -> int | None:
+    """Tokens that prompt and completion may have together: the engine's limit, else the model's; None: unknown."""
+    if config.use_vllm and config.vllm_max_model_length is not None:
+        return config.vllm_max_model_length
+    if isinstance(model, str):
+        options: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+        model_config = AutoConfig.from_pretrained(
+            model, revision=options.get("revision", "main"), trust_remote_code=config.trust_remote_code
+        )
+    else:
+        model_config = model.config
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
+def fitting_rows(name: str, dataset: Any, renderer: PromptRenderer, longest: int | None, config: OnlineConfig) -> Any:
+    """The rows of `dataset` (or of each of a dict of them) whose prompts leave room for `max_completion_length`.
+
+    Raises:
+        ValueError: a prompt is too long and `overlong_prompts` is `error`, or none is left.
+    """
+    if dataset is None or longest is None:
+        return dataset
+    if isinstance(dataset, dict):
+        return {key: fitting_rows(f"{name}[{key!r}]", one, renderer, longest, config) for key, one in dataset.items()}
+    room = longest - config.max_completion_length
+    # Other columns may be costly to read (images).
+    prompts = dataset.select_columns("prompt") if hasattr(dataset, "select_columns") else dataset
+    lengths = [len(renderer.render(prompts[row], row).ids) for row in range(len(prompts))]
+    too_long = [row for row, length in enumerate(lengths) if length > room]
+    if not too_long:
+        return dataset
+    limit = "vllm_max_model_length" if config.use_vllm and config.vllm_max_model_length else "the model's limit"
+    found = (
+        f"{name}: {len(too_long)} of {len(lengths)} prompts are too long: row {too_long[0]} has "
+        f"{lengths[too_long[0]]} tokens, and with max_completion_length={config.max_completion_length} that is more "
+        f"than {limit} of {longest}"
+    )
+    if config.overlong_prompts == "error":
+        raise ValueError(
+            f"{found}. Shorten them, lower max_completion_length, raise vllm_max_model_length, or set "
+            "overlong_prompts='skip'."
+        )
+    if len(too_long) == len(lengths):
+        raise ValueError(f"{found}, and nothing is left when they are skipped.")
+    warnings.warn(f"{found}. They are skipped.", UserWarning, stacklevel=4)
+    dropped = set(too_long)
+    kept = [row for row in range(len(lengths)) if row not in dropped]
+    return dataset.select(kept) if hasattr(dataset, "select") else [dataset[row] for row in kept]

@@ -1,0 +1,71 @@
+"""Bad input is an error before a model loads, or is skipped and counted where that was asked for."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset
+
+from slipstream import GRPOConfig, GRPOTrainer
+
+SHORT = [{"prompt": f"{a}+{b}=", "index": 8 * a + b} for a in range(4) for b in range(4)]
+LONG = {"prompt": "1+" * 40, "index": -1}
+
+
+def digits(completions, **_):
+    return [float(sum(c.isdigit() for c in text)) for text in completions]
+
+
+def make(model, folder, rows, evaluate=None, **values):
+    settings = {
+        "max_completion_length": 8, "per_device_train_batch_size": 8, "num_generations": 4, "report_to": [],
+        "max_steps": 1, "disable_tqdm": True, "html_report": False, "save_strategy": "no",
+    } | values  # fmt: skip
+    return GRPOTrainer(model, digits, GRPOConfig(str(folder), **settings), rows, evaluate)
+
+
+LIMIT = {"use_vllm": True, "vllm_max_model_length": 64}
+
+
+def test_a_prompt_without_room_for_its_completion_is_named(tiny_model, tmp_path, monkeypatch):
+    from slipstream.trainers import loading
+
+    monkeypatch.setattr(loading, "load_policy", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match=r"train_dataset: 1 of 17 prompts are too long: row 3 has 80 tokens.* of 64"):
+        make(tiny_model, tmp_path, Dataset.from_list([*SHORT[:3], LONG, *SHORT[3:]]), **LIMIT)
+    datasets = {"a": Dataset.from_list(SHORT), "b": Dataset.from_list([LONG])}
+    with pytest.raises(ValueError, match=r"eval_dataset\['b'\]: 1 of 1 prompts are too long"):
+        make(tiny_model, tmp_path, Dataset.from_list(SHORT), datasets, **LIMIT)
+
+
+@pytest.mark.parametrize("kind", [Dataset.from_list, list])
+def test_it_can_be_skipped_and_is_counted(tiny_model, tmp_path, kind):
+    rows = kind([LONG, *SHORT, LONG])
+    with pytest.warns(UserWarning, match="2 of 18 prompts are too long.*They are skipped"):
+        trainer = make(
+            tiny_model, tmp_path, rows, overlong_prompts="skip", max_completion_length=500, use_vllm=False
+        )  # fmt: skip
+    assert [row["index"] for row in trainer.train_dataset] == [row["index"] for row in SHORT]
+
+
+def test_skipping_all_of_them_leaves_nothing(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="nothing is left when they are skipped"):
+        make(tiny_model, tmp_path, [LONG] * 8, overlong_prompts="skip", **LIMIT)
+
+
+def test_skipping_may_leave_too_few(tiny_model, tmp_path):
+    with (
+        pytest.warns(UserWarning, match="They are skipped"),
+        pytest.raises(ValueError, match="1 rows, but one generation batch needs 2"),
+    ):
+        make(tiny_model, tmp_path, [LONG] * 8 + SHORT[:1], overlong_prompts="skip", use_vllm=False,
+             max_completion_length=440)  # fmt: skip
+
+
+def test_the_models_own_limit_counts_without_an_engines(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="more than the model's limit of 512"):
+        make(tiny_model, tmp_path, [LONG] * 8, max_completion_length=500)
+
+
+def test_an_unknown_policy_is_an_error(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="overlong_prompts='drop' is not one of 'error', 'skip'"):
+        make(tiny_model, tmp_path, SHORT, overlong_prompts="drop")
