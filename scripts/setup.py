@@ -62,7 +62,7 @@ def make_environment():
     check = f"import sys, pip; sys.exit(sys.version_info < {OLDEST})"
     if PYTHON.exists() and subprocess.call([str(PYTHON), "-c", check], stderr=subprocess.DEVNULL) == 0:
         return
-    say("making .venv with Python {}.{}.{}".format(*sys.version_info[:3]))
+    say("making {} with Python {}.{}.{}".format(VENV.name, *sys.version_info[:3]))
     made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)])
     if made.returncode:
         sys.exit(

@@ -2,9 +2,9 @@
 
     python examples/quickstart/pretrain.py   # some minutes on two cores; writes data/ and model/ beside this file
 
-The model is trained by supervised learning on the pupil's answers and stopped early. The pupil can add, but carries by
-feel: where the ones add up to six or more, three answers of five are off by ten. Imitation learns the mistakes with the
-rest; which answers are right is what reinforcement learning finds out from the reward alone.
+The model is trained by supervised learning on the pupil's answers, and stopped before it imitates them perfectly. The
+pupil can add, but carries by feel: where the ones add up to six or more, three answers of five are off by ten.
+Imitation learns the mistakes with the rest; which answers are right, reinforcement learning finds out from the reward.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -171,7 +172,13 @@ def main() -> None:
     # What others will load must be what was trained, its tokenizer included.
     saved = AutoModelForCausalLM.from_pretrained(args.out / "model")
     encoder = Encoder(AutoTokenizer.from_pretrained(args.out / "model"), test)
-    print("saved model: held-out accuracy {:.3f}, probability {:.3f}".format(*accuracy(saved, encoder, test)))
+    right, probability = accuracy(saved, encoder, test)
+    print(f"saved model: held-out accuracy {right:.3f}, probability of the right answer {probability:.3f}")
+    if not 0.2 <= right <= 0.4:
+        sys.exit(
+            f"held-out accuracy {right:.3f} is not within 0.2 and 0.4: where right and wrong answers are nearly as "
+            "likely, rounding decides, and another machine may stop elsewhere. Try other --steps."
+        )
 
 
 if __name__ == "__main__":
