@@ -21,11 +21,13 @@ class Prompt:
         ids: Token ids that the engine continues.
         row: The dataset row as it was read; its columns other than `prompt` go to the reward functions.
         index: Position of the row in its dataset (the same on every rank and after a resume).
+        rendered: Whether `ids` follow from the row; False where a rollout function chose them.
     """
 
     ids: list[int]
     row: dict[str, Any]
     index: int
+    rendered: bool = True
 
 
 @dataclass(slots=True)
@@ -60,7 +62,8 @@ class Rollout:
         rewards: One value a reward function; None where the function could not score it.
         advantage: How much better than its group this completion was, in the trainer's own scaling.
         in_loss: Whether its tokens enter the loss.
-        extra: What an algorithm adds: tensors of shape (completion length,) or scalars, by name.
+        extra: What an algorithm adds: tensors of shape (completion length,) or scalars, by name. `loss_mask` is 1.0
+            for the tokens that the policy wrote itself, where others are among them; only those enter the loss.
     """
 
     prompt: Prompt
@@ -71,6 +74,12 @@ class Rollout:
     advantage: float = 0.0
     in_loss: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of the completion that the policy wrote itself."""
+        mask = self.extra.get("loss_mask")
+        return len(self.completion.ids) if mask is None else int(mask.sum())
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,3 +69,31 @@ def test_the_models_own_limit_counts_without_an_engines(tiny_model, tmp_path):
 def test_an_unknown_policy_is_an_error(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="overlong_prompts='drop' is not one of 'error', 'skip'"):
         make(tiny_model, tmp_path, SHORT, overlong_prompts="drop")
+
+
+def test_an_empty_completion_is_an_error(tiny_model, tmp_path):
+    from slipstream.records import Completion
+
+    trainer = make(tiny_model, tmp_path, SHORT)
+    generate = trainer.engine.generate
+
+    def cut(requests, sampling):
+        answers = generate(requests, sampling)
+        answers[1][2] = Completion([], [], answers[1][2].weight_version, "stop")
+        return answers
+
+    trainer.engine.generate = cut
+    with pytest.raises(ValueError, match=r"a completion of prompt \d+ has no tokens"):
+        trainer.train()
+
+
+def test_an_unknown_vllm_is_an_error_before_a_model_loads(tiny_model, tmp_path, monkeypatch):
+    from slipstream import vllm_compat
+    from slipstream.trainers import loading
+
+    monkeypatch.setattr(loading, "load_policy", lambda *_: pytest.fail("the model was loaded"))
+    vllm = vllm_compat.load()
+    monkeypatch.setattr(vllm, "__version__", "0.21.0")
+    vllm_compat.load.cache_clear()  # the answer of the first import is kept
+    with pytest.raises(Exception, match=r"0\.21\.0.*0\.26.*pip install"):
+        make(tiny_model, tmp_path, SHORT, **LIMIT)

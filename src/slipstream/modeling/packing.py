@@ -12,6 +12,15 @@ from slipstream.records import MicroBatch, Rollout, StepTotals
 PER_TOKEN = ("sampler_logps", "old_logps", "ref_logps", "entropy_mask")
 
 
+def loss_mask(rollout: Rollout) -> Tensor:
+    """1.0 for each completion token that enters the loss, 0.0 for the others; on the CPU."""
+    tokens = len(rollout.completion.ids)
+    if not rollout.in_loss:
+        return torch.zeros(tokens)
+    own = rollout.extra.get("loss_mask")
+    return torch.ones(tokens) if own is None else own.cpu()
+
+
 class Packer:
     """Puts rows of similar length together and pads them to the longest.
 
@@ -57,7 +66,7 @@ class Packer:
             positions.append(torch.arange(first, first + len(completion)))
             targets.append(ids[len(prompt) :])
             rows.append(torch.full((len(completion),), i))
-            mask.append(torch.full((len(completion),), float(rollout.in_loss)))
+            mask.append(loss_mask(rollout))
         return MicroBatch(
             rollouts=rollouts,
             input_ids_BT=input_ids.to(self.device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,18 +13,22 @@ from slipstream.records import Completion, Prompt, Rollout
 
 
 def pack(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """Every field of `rollouts`, but of their prompts only the token ids: rows are read from the dataset again."""
+    """Every field of `rollouts`, but not the rows of their prompts: these are read from the dataset again."""
     rows = []
+    # A rollout function may give the completions of one row different prompts.
+    numbers: dict[tuple[int, bool, tuple[int, ...]], int] = {}
     for rollout in rollouts:
+        prompt = rollout.prompt
+        number = numbers.setdefault((prompt.index, prompt.rendered, tuple(prompt.ids)), len(numbers))
         completion = _fields(rollout.completion)
         # As tensors, which load much faster than lists.
         completion["ids"] = torch.tensor(rollout.completion.ids, dtype=torch.int64)
         if rollout.completion.logprobs is not None:
             completion["logprobs"] = torch.tensor(rollout.completion.logprobs, dtype=torch.float64)
-        rows.append(_fields(rollout) | {"prompt": rollout.prompt.index, "completion": completion})
+        rows.append(_fields(rollout) | {"prompt": number, "completion": completion})
     extras = [(name, value) for rollout in rollouts for name, value in rollout.extra.items()]
     return {
-        "prompts": {rollout.prompt.index: rollout.prompt.ids for rollout in rollouts},
+        "prompts": [(index, rendered, list(ids)) for index, rendered, ids in numbers],
         "rows": rows,
         "on_device": sorted({name for name, value in extras if isinstance(value, Tensor) and not value.is_cpu}),
     }
@@ -35,19 +39,21 @@ def unpack(packed: dict[str, Any], prompt: Callable[[int], Prompt], device: torc
 
     Args:
         packed: What it returned.
-        prompt: Reads and renders a row of the dataset.
+        prompt: Reads a row of the dataset, and renders it unless a rollout function does that.
         device: Where tensors go that were not on the CPU.
 
     Raises:
         ValueError: a row does not have the prompt that was sampled from.
     """
-    prompts = {index: prompt(index) for index in packed["prompts"]}
-    for index, ids in packed["prompts"].items():
-        if prompts[index].ids != ids:
+    prompts = []
+    for index, rendered, ids in packed["prompts"]:
+        present = prompt(index)
+        if rendered and present.rendered and present.ids != ids:
             raise ValueError(
                 f"row {index} of train_dataset has another prompt than the one that the saved completions answer: the "
                 "rows, their order, the tokenizer or the chat template have changed. Bring back what the run had."
             )
+        prompts.append(replace(present, ids=ids, rendered=rendered))
     rollouts = []
     for row in packed["rows"]:
         completion, extra = dict(row["completion"]), dict(row["extra"])

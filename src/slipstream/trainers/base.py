@@ -18,12 +18,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from slipstream import vllm_compat
 from slipstream.config import OnlineConfig
 from slipstream.generation.build import build_engine
 from slipstream.generation.engine import Request
 from slipstream.modeling.logprobs import PolicyOutput, score_tokens
-from slipstream.modeling.packing import Packer
-from slipstream.records import MicroBatch, Rollout, StepTotals
+from slipstream.modeling.packing import Packer, loss_mask
+from slipstream.records import Completion, MicroBatch, Prompt, Rollout, StepTotals
+from slipstream.rollouts import custom
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.rewards import RewardRunner, load_reward
 from slipstream.rollouts.sampler import PromptSampler, Slot, prompt_seed
@@ -60,6 +62,7 @@ class OnlineTrainer(Trainer):
 
     config_class: type[OnlineConfig] = OnlineConfig
     args: OnlineConfig
+    rollout_func: custom.RolloutFunction | None = None
 
     def __init__(
         self,
@@ -81,12 +84,22 @@ class OnlineTrainer(Trainer):
         inputs.check_datasets("eval_dataset", eval_dataset)
         functions, tokenizers = inputs.reward_lists(reward_funcs, reward_processing_classes, args)
         if train_dataset is not None:
+            self._make_sampler(args, len(train_dataset))  # complains about too few rows before anything is read
+        if args.use_vllm:
+            vllm_compat.load()  # complains about a missing or unknown vLLM before a model is read
+
+        tokenizer = loading.load_tokenizer(processing_class, model, args)
+        self.renderer = PromptRenderer(_tokenizer_of(tokenizer), args.chat_template_kwargs)  # type: ignore[arg-type]
+        # A rollout_func renders its prompts itself: how long they get is its own affair.
+        longest = None if self.rollout_func is not None else inputs.longest_sequence(model, args)
+        train_dataset = inputs.fitting_rows("train_dataset", train_dataset, self.renderer, longest, args)
+        eval_dataset = inputs.fitting_rows("eval_dataset", eval_dataset, self.renderer, longest, args)
+        if train_dataset is not None:
             self._sampler = self._make_sampler(args, len(train_dataset))
 
         # An adapter is initialised at random: seed before it is made, not only in Trainer.__init__.
         torch.manual_seed(args.seed)
         policy = loading.load_policy(model, args, quantization_config)
-        tokenizer = loading.load_tokenizer(processing_class, model, args)
         if peft_config is not None:
             policy = loading.add_adapter(policy, peft_config)
         if args.disable_dropout:
@@ -109,7 +122,6 @@ class OnlineTrainer(Trainer):
         self.rewards = RewardRunner([f for f, _ in loaded], [t for _, t in loaded], args.reward_timeout)
         weights = args.reward_weights or [1.0] * len(loaded)
         self.reward_weights_F = torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
-        self.renderer = PromptRenderer(_tokenizer_of(tokenizer), args.chat_template_kwargs)  # type: ignore[arg-type]
         self.eos_ids = loading.end_of_sequence_ids(policy, self.renderer.tokenizer)
         self.packer = Packer(
             args.per_device_train_batch_size,
@@ -281,7 +293,7 @@ class OnlineTrainer(Trainer):
         seed = (self.args.seed, "train", slot.epoch, slot.batch)
         rollouts = self._generate(self.train_dataset, wanted, seed, evaluation=False)
         metrics = self._score(rollouts, size) | length_metrics(rollouts, self.accelerator)
-        tokens = torch.tensor(sum(len(r.prompt.ids) + len(r.completion.ids) for r in rollouts), dtype=torch.float64)
+        tokens = torch.tensor(sum(len(r.prompt.ids) + r.own_tokens for r in rollouts), dtype=torch.float64)
         total = self.accelerator.reduce(tokens.to(self.accelerator.device), "sum")
         self.state.num_input_tokens_seen += int(total.item())
         if not self._on_policy:
@@ -297,19 +309,30 @@ class OnlineTrainer(Trainer):
         self, dataset: Any, wanted: Sequence[tuple[int, int, int]], seed: tuple[Any, ...], *, evaluation: bool
     ) -> list[Rollout]:
         """Sample completions `start ... start + count - 1` of each `(row, start, count)`, in order."""
-        prompts = [self.renderer.render(dataset[row], row) for row, _, _ in wanted]
-        requests = [
-            Request(prompt.ids, count, prompt_seed(*seed, row) + start)
-            for prompt, (row, start, count) in zip(prompts, wanted, strict=True)
-        ]
-        with self._engine_ready(), self.clock.phase("generate"):
-            answers = self.engine.generate(requests, self.args.sampling(evaluation=evaluation))
-        sampled = [(p, c) for p, group in zip(prompts, answers, strict=True) for c in group]
-        texts = self.renderer.completions([p for p, _ in sampled], [c.ids for _, c in sampled])
+        sampled: list[tuple[Prompt, Completion, dict[str, Any]]]
+        if self.rollout_func is not None:
+            with self._engine_ready(), self.clock.phase("generate"):
+                assert self.engine.version is not None  # the weights have been sent
+                sampled = custom.sample(self.rollout_func, self, dataset, wanted, self.engine.version)
+        else:
+            prompts = [self.renderer.render(dataset[row], row) for row, _, _ in wanted]
+            requests = [
+                Request(prompt.ids, count, prompt_seed(*seed, row) + start)
+                for prompt, (row, start, count) in zip(prompts, wanted, strict=True)
+            ]
+            with self._engine_ready(), self.clock.phase("generate"):
+                answers = self.engine.generate(requests, self.args.sampling(evaluation=evaluation))
+            sampled = [(p, c, {}) for p, group in zip(prompts, answers, strict=True) for c in group]
+        texts = self.renderer.completions([p for p, _, _ in sampled], [c.ids for _, c, _ in sampled])
         rollouts = []
-        for (prompt, completion), text in zip(sampled, texts, strict=True):
-            truncated = not completion.ids or completion.ids[-1] not in self.eos_ids
-            rollout = Rollout(prompt, completion, text, truncated)
+        for (prompt, completion, extra), text in zip(sampled, texts, strict=True):
+            if not completion.ids:
+                raise ValueError(
+                    f"a completion of prompt {prompt.index} has no tokens, so there is nothing to train on: see that "
+                    "generation_kwargs cannot end one at once (stop, min_tokens=1), or rollout_func."
+                )
+            truncated = completion.ids[-1] not in self.eos_ids
+            rollout = Rollout(prompt, completion, text, truncated, extra=extra)
             if completion.logprobs is not None:
                 rollout.extra["sampler_logps"] = torch.tensor(completion.logprobs, dtype=torch.float32)
             rollouts.append(rollout)
@@ -382,9 +405,10 @@ class OnlineTrainer(Trainer):
 
     def _totals(self, rollouts: Sequence[Rollout]) -> StepTotals:
         kept = [r for r in rollouts if r.in_loss]
-        tokens = sum(len(r.completion.ids) for r in kept)
+        tokens = sum(r.own_tokens for r in kept)
         chosen = sum(
-            float(r.extra["entropy_mask"].sum()) if "entropy_mask" in r.extra else len(r.completion.ids) for r in kept
+            float((r.extra["entropy_mask"].cpu() * loss_mask(r)).sum()) if "entropy_mask" in r.extra else r.own_tokens
+            for r in kept
         )
         counts = torch.tensor([len(rollouts), tokens, chosen], dtype=torch.float64, device=self.accelerator.device)
         rows, tokens, chosen = self.accelerator.reduce(counts, "sum").tolist()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from slipstream.records import Prompt
 from slipstream.reporting import CompletionRow
 from slipstream.rollouts import stored
 from slipstream.trainers.metrics import Metrics
@@ -124,8 +125,7 @@ def read(trainer: OnlineTrainer, given: str | os.PathLike[str] | bool) -> tuple[
     _compare(state, trainer, folder, way_out)
     if state["batch"]:
         key, rollouts = state["batch"]
-        rows: Any = trainer.train_dataset
-        made = stored.unpack(rollouts, lambda i: trainer.renderer.render(rows[i], i), args.device)
+        made = stored.unpack(rollouts, lambda i: _prompt(trainer, i), args.device)
         state["batch"] = (key, made)
     return folder, state
 
@@ -166,6 +166,13 @@ def _restore(trainer: OnlineTrainer, state: dict[str, Any]) -> None:
     if trainer.journal:
         trainer.journal.resume([CompletionRow(**row) for row in state["journal"]])
     trainer._load_extra_state(state["extra"])
+
+
+def _prompt(trainer: OnlineTrainer, index: int) -> Prompt:
+    row: Any = trainer.train_dataset[index]  # type: ignore[index]
+    if trainer.rollout_func is not None:
+        return Prompt([], row, index, rendered=False)
+    return trainer.renderer.render(row, index)
 
 
 def _plan(trainer: OnlineTrainer) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slipstream.checks import number, one_of
 from slipstream.config import OnlineConfig, option
 from slipstream.modeling.logprobs import PolicyOutput
+from slipstream.modeling.packing import loss_mask
 from slipstream.objectives import grpo as losses
 from slipstream.objectives.advantages import combine_rewards, decoupled_advantages, group_advantages
 from slipstream.objectives.correction import sampler_correction
@@ -117,8 +118,10 @@ class GRPOTrainer(OnlineTrainer):
 
     Args:
         rollout_func: Samples in the place of the engine: `f(prompts, trainer) -> {"prompt_ids", "completion_ids",
-            "logprobs"}`, a list with one entry a prompt each (logprobs may be None). Prompts come once for each of
-            their completions. Other keys go to the reward functions; `env_mask` marks the policy's own tokens with 1.
+            "logprobs"}`, a list with one entry a prompt each (logprobs may be None). Prompts come as they are in the
+            dataset, once for each of their completions. `env_mask` marks the policy's own tokens with 1 and leaves
+            others (0) out of the loss; other keys become columns for the reward functions. `trainer.engine` holds the
+            present weights and can be asked: `generate([Request(ids, n, seed)], trainer.args.sampling())`.
         tools, environment_factory: Accepted for compatibility; not there yet.
 
     Example:
@@ -151,6 +154,8 @@ class GRPOTrainer(OnlineTrainer):
         for name, value in (("tools", tools), ("environment_factory", environment_factory)):
             if value is not None:
                 raise NotImplementedError(f"{name} is not there yet: leave it None.")
+        if rollout_func is not None and not callable(rollout_func):
+            raise TypeError(f"rollout_func={rollout_func!r} is not a function.")
         self.rollout_func = rollout_func
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes,
@@ -177,7 +182,10 @@ class GRPOTrainer(OnlineTrainer):
                 rollout.in_loss = rollout.in_loss and not rollout.truncated
         if self.args.top_entropy_quantile < 1:
             self._annotate(model, rollouts, "entropies", entropies=True)
-            threshold = self._entropy_threshold([r.extra["entropies"] for r in rollouts if r.in_loss])
+            masks = [loss_mask(r).to(self.accelerator.device) > 0 for r in rollouts]
+            threshold = self._entropy_threshold(
+                [r.extra["entropies"][kept] for r, kept in zip(rollouts, masks, strict=True)]
+            )
             for rollout in rollouts:
                 rollout.extra["entropy_mask"] = (rollout.extra.pop("entropies") >= threshold).float()
 

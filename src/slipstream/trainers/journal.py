@@ -38,7 +38,7 @@ class Journal(TrainerCallback):
         self.render = render
         self.progress = progress
         self.title = title
-        self.folder = Path(args.output_dir)
+        self.folder = Path(args.output_dir or ".")
         self.log = CompletionLog(self.folder / "completions.jsonl")
         self.rows: list[CompletionRow] = []
 
@@ -61,7 +61,7 @@ class Journal(TrainerCallback):
                     completion=text,
                     rewards=shown,
                     advantage=rollout.advantage,
-                    length=len(rollout.completion.ids),
+                    length=rollout.own_tokens,
                     truncated=rollout.truncated,
                     weight_version=rollout.completion.weight_version,
                     mode=mode,

@@ -137,9 +137,10 @@ def reward_metrics(rewards_RF: Tensor, weights_F: Tensor, names: Sequence[str], 
 def length_metrics(rollouts: Sequence[Rollout], accelerator: Any) -> dict[str, float]:
     """Lengths of the completions of all ranks, in tokens, and how many were cut off at the largest length.
 
-    Where every completion was cut off, the lengths of terminated ones are 0.
+    Only tokens that the policy wrote itself count. Where every completion was cut off, the lengths of terminated ones
+    are 0.
     """
-    lengths = torch.tensor([len(r.completion.ids) for r in rollouts], dtype=torch.float32, device=accelerator.device)
+    lengths = torch.tensor([r.own_tokens for r in rollouts], dtype=torch.float32, device=accelerator.device)
     truncated = torch.tensor([r.truncated for r in rollouts], dtype=torch.float32, device=accelerator.device)
     tally = Tally()
     for kind, weights in (("", None), ("_terminated", 1 - truncated)):
