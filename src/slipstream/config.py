@@ -26,23 +26,6 @@ NEUTRAL_SAMPLING = {
 }  # fmt: skip
 
 
-# Fields whose other values are planned, with the one that works now.
-NOT_YET = {
-    "ds3_gather_for_generation": True,
-    "use_transformers_continuous_batching": False,
-    "use_transformers_paged": False,
-    "transformers_continuous_batching_config": None,
-    "log_completions_hub_repo": None,
-}
-
-
-def not_yet(config: Any, ready: dict[str, Any]) -> None:
-    """Raise NotImplementedError for the first field that has another value than the one that works now."""
-    for name, value in ready.items():
-        if getattr(config, name) != value:
-            raise NotImplementedError(f"{name}={getattr(config, name)!r} is not there yet: use {name}={value!r}.")
-
-
 def option(default: Any, help: str) -> Any:
     """A dataclass field with the help text that the command line shows."""
     return field(default=default, metadata={"help": help})
@@ -104,7 +87,9 @@ class OnlineConfig(TrainingArguments):
         "auto", "Pad micro-batches to a multiple of this many tokens; `auto` and None: no further than needed."
     )
     cache_implementation: str | None = option(None, "Key-value cache of transformers' generation.")
-    ds3_gather_for_generation: bool = option(True, "Gather ZeRO-3 weights for transformers' generation.")
+    ds3_gather_for_generation: bool = option(
+        True, "Gather ZeRO-3 weights for transformers' generation; without DeepSpeed it changes nothing."
+    )
     use_transformers_continuous_batching: bool = option(False, "Generate with transformers' continuous batching.")
     transformers_continuous_batching_config: dict[str, Any] | str | None = option(None, "Its settings.")
     use_transformers_paged: bool = option(False, "The older name of use_transformers_continuous_batching.")
@@ -142,7 +127,9 @@ class OnlineConfig(TrainingArguments):
     num_completions_to_print: int | None = option(None, "Rows of that table; None: all of them.")
     log_unique_prompts: bool = option(False, "Show each prompt once in that table.")
     log_multimodal: bool = option(True, "Show images beside the completions.")
-    log_completions_hub_repo: str | None = option(None, "Dataset repository that completions are uploaded to.")
+    log_completions_hub_repo: str | None = option(
+        None, "Dataset repository on the Hub that completions.jsonl is uploaded to."
+    )
     html_report: bool = option(True, "Write `report.html`, one file with all curves and completions, at the end.")
 
     reward_weights: list[float] | None = option(None, "Weight of each reward function; None: 1.0 each.")
@@ -196,7 +183,18 @@ class OnlineConfig(TrainingArguments):
             )
         self._check_padding()
         self._check_vllm()
-        not_yet(self, NOT_YET)
+        if self.use_transformers_paged:
+            warnings.warn(
+                "use_transformers_paged is the older name of use_transformers_continuous_batching: use that one.",
+                FutureWarning,
+                stacklevel=4,
+            )
+            self.use_transformers_continuous_batching = True
+        if self.log_completions_hub_repo is not None and not self.log_completions:
+            raise ValueError(
+                f"log_completions_hub_repo={self.log_completions_hub_repo!r} has nothing to upload without "
+                "log_completions=True: set both."
+            )
 
     def _check_padding(self) -> None:
         if isinstance(self.pad_to_multiple_of, str):

@@ -366,3 +366,24 @@ class TestSleep:
         assert str(trainer.engine.state) == "asleep (level 2)"
         trainer.train()
         assert trainer.state.global_step == 2
+
+
+def test_completions_are_uploaded_where_that_was_asked_for(tiny_model, tmp_path, monkeypatch):
+    """The Hub is not ours to test: what is sent to it is."""
+    import huggingface_hub
+
+    sent = []
+
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repository, **options):
+            sent.append(("create", repository, options["repo_type"], options["exist_ok"]))
+
+        def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, repo_type):
+            sent.append(("upload", repo_id, path_in_repo, path_or_fileobj.read_text().count("\n")))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    make(tiny_model, tmp_path, log_completions=True, log_completions_hub_repo="me/data").train()
+    assert sent == [("create", "me/data", "dataset", True), ("upload", "me/data", "completions.jsonl", 16)]

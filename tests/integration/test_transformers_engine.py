@@ -160,3 +160,19 @@ def test_what_it_cannot_do_it_says(model):
     engine.close()
     with pytest.raises(RuntimeError, match="call update_weights first"):
         engine.generate(REQUESTS, Sampling(4))
+
+
+def test_continuous_batching_answers_every_request_in_order(tiny_model):
+    model = engines.policy(tiny_model)
+    made = TransformersEngine(
+        lambda: model, pad_token_id=0, eos_token_ids=[1], continuous_batching={"max_memory_percent": 0.1}
+    )
+    made.update_weights(3, [])
+    prompts = [*engines.prompts(2, 5), *engines.prompts(2, 9, seed=1)]
+    requests = [Request(prompt, n=2, seed=7) for prompt in prompts]
+    answers = made.generate(requests, Sampling(6, temperature=0, logprobs=False))
+    for prompt, group in zip(prompts, answers, strict=True):
+        assert [c.ids for c in group] == [engines.greedy(model, prompt, 6, (1,))] * 2
+        assert {c.weight_version for c in group} == {3}
+    with pytest.raises(ValueError, match="min_p and repetition_penalty cannot be used"):
+        made.generate(requests, Sampling(6, min_p=0.1, logprobs=False))

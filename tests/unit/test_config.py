@@ -68,6 +68,7 @@ def test_a_config_survives_a_round_trip():
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
         ({"reward_timeout": 0}, "reward_timeout=0 .*> 0"),
         ({"num_completions_to_print": 0}, "num_completions_to_print=0"),
+        ({"log_completions_hub_repo": "me/data"}, "log_completions_hub_repo='me/data' has nothing to upload"),
         ({"loss_type": "cispo"}, "epsilon_high=None does not go with loss_type='cispo'.*above 1"),
         ({"loss_type": "cispo", "epsilon_high": 0.3}, "epsilon_high=0.3 does not go with"),
         ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "set importance_sampling_level='token'"),
@@ -91,7 +92,6 @@ def test_wrong_values_are_named(values, message):
 @pytest.mark.parametrize(
     "values",
     [
-        {"use_transformers_paged": True},
         {"max_tool_calling_iterations": 3},
         {"use_vllm": True, "vllm_mode": "server"},
     ],
@@ -188,3 +188,8 @@ def test_every_field_of_the_peer_has_its_default():
         "use_transformers_continuous_batching": False, "use_transformers_paged": False,
     }  # fmt: skip
     assert {name: getattr(made, name) for name in defaults} == defaults
+
+
+def test_the_older_name_of_continuous_batching():
+    with pytest.warns(FutureWarning, match="use_transformers_continuous_batching"):
+        assert config(use_transformers_paged=True).use_transformers_continuous_batching is True

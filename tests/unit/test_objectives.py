@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slipstream.objectives import grpo
 from slipstream.objectives.advantages import combine_rewards, group_advantages, nanstd
 from slipstream.objectives.correction import sampler_correction
 from slipstream.objectives.policy import clipped_surrogate, kl_k3
 from slipstream.objectives.segments import row_mean, row_sum
+from slipstream.records import StepTotals
 
 rows_of_lengths = st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any)
 LEVELS = ("token", "sequence", "sequence_geometric")
@@ -169,3 +171,37 @@ def test_huge_ratios_are_masked_without_infinities():
         weights = sampler_correction(logps, -logps, torch.ones(200), rows, 1, mode, None, 3.0).weights_N
         assert weights.isfinite().all()
         assert weights.max() <= 3.0
+
+
+def test_every_objective_has_the_gradient_of_its_value():
+    """gradcheck compares autograd with finite differences."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random(n, scale=0.4):
+        return torch.randn(n, generator=generator, dtype=torch.float64) * scale
+
+    rows, mask = torch.tensor([0, 0, 0, 1, 1, 3]), torch.tensor([1.0, 1, 0, 1, 1, 1], dtype=torch.float64)
+    advantages, ref = torch.tensor([1.0, 1, 1, -0.5, -0.5, 0.7], dtype=torch.float64), random(6)
+    totals = StepTotals(rows=4, tokens=5.0, ranks=2)
+    functions = [
+        lambda x: row_sum(x, rows, 4),
+        lambda x: row_mean(x, mask, rows, 4),
+        lambda x: kl_k3(x, ref),
+        lambda x: grpo.log_weights(x, mask, rows, 4, "token"),
+        lambda x: grpo.log_weights(x, mask, rows, 4, "sequence"),
+        lambda x: grpo.sapo(x.exp(), advantages, 1.0, 1.05),
+        # CISPO's weight is a constant by definition: only the log-probability has a gradient.
+        lambda x: grpo.cispo(torch.full_like(x, 1.7), advantages, x, 2.0)[0],
+        lambda x: clipped_surrogate(x.exp(), advantages, 0.2, 0.3, 1.5)[0],
+        *(lambda x, kind=kind: grpo.aggregate(kind, x, mask, rows, totals, 4, 9) for kind in grpo.LOSS_TYPES),
+    ]
+    for function in functions:
+        assert torch.autograd.gradcheck(function, random(6).requires_grad_())
+
+
+def test_weights_that_are_constants_have_no_gradient():
+    logps = torch.randn(4, requires_grad=True)
+    rows, mask, advantages = torch.tensor([0, 0, 1, 1]), torch.ones(4), torch.tensor([1.0, -1.0])
+    options = {"positive": (2.0, 3.0), "negative": (3.0, 2.0)}
+    assert not grpo.vespo_weights(logps, None, advantages, mask, rows, **options).requires_grad
+    assert not grpo.off_policy_mask(logps, logps, advantages, mask, rows, 0.1).requires_grad

@@ -37,7 +37,11 @@ def build_engine(
 
         pad = getattr(tokenizer, "tokenizer", tokenizer).pad_token_id
         return TransformersEngine(
-            policy, pad_token_id=pad, eos_token_ids=sorted(eos_token_ids), seed=config.seed + rank
+            policy,
+            pad_token_id=pad,
+            eos_token_ids=sorted(eos_token_ids),
+            seed=config.seed + rank,
+            continuous_batching=_continuous_batching(config),
         )
     from slipstream.generation.colocate import ColocateEngine
 
@@ -64,6 +68,14 @@ def build_engine(
             trust_remote_code=config.trust_remote_code,
             engine_kwargs=options,
         )
+
+
+def _continuous_batching(config: OnlineConfig) -> dict[str, Any] | None:
+    if not config.use_transformers_continuous_batching:
+        return None
+    settings: dict[str, Any] = dict(config.transformers_continuous_batching_config or {})  # type: ignore[arg-type]
+    # transformers' own default takes nearly all free memory, which the backward pass needs as well.
+    return {"max_memory_percent": 0.5} | settings
 
 
 def _save_shape(model: nn.Module, tokenizer: Any, folder: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class TransformersEngine:
         eos_token_ids: Tokens that end a completion.
         seed: Start of the random stream of unseeded calls.
         batch_size: Most completions sampled at the same time; None: all of a call.
+        continuous_batching: Settings of transformers' ContinuousBatchingConfig: sample with its `generate_batch`, which
+            pads nothing and takes up a sequence when another ends. It reports no log-probabilities here. None: off.
 
     Seeds: a call is reproducible from the first request's seed (and independent of the trainer's random states), but a
     completion's tokens also depend on what else is in the call. Only vLLM samples each completion from its own seed.
@@ -44,6 +46,7 @@ class TransformersEngine:
         eos_token_ids: Sequence[int],
         seed: int = 0,
         batch_size: int | None = None,
+        continuous_batching: Mapping[str, Any] | None = None,
     ) -> None:
         self.version: int | None = None
         self._model = model
@@ -52,6 +55,7 @@ class TransformersEngine:
         self._seed = seed
         self._calls = 0
         self._batch_size = batch_size
+        self._continuous = continuous_batching
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Sample `requests[i].n` completions for each request, in order.
@@ -74,8 +78,11 @@ class TransformersEngine:
         try:
             torch.manual_seed(seed % 2**63)
             with _inference(self._model()) as model:
-                for start in range(0, len(rows), size):
-                    completions += self._sample(model, rows[start : start + size], sampling, options)
+                if self._continuous is not None:
+                    completions = self._sample_continuously(model, rows, sampling, options)
+                else:
+                    for start in range(0, len(rows), size):
+                        completions += self._sample(model, rows[start : start + size], sampling, options)
         finally:
             states.restore()
         ordered = iter(completions)
@@ -115,6 +122,34 @@ class TransformersEngine:
         tokens = out[:, width:].tolist()
         logprobs = torch.stack(distribution.logprobs, dim=1).tolist()
         return [self._trim(row, values, sampling) for row, values in zip(tokens, logprobs, strict=True)]
+
+    def _sample_continuously(
+        self, model: Any, rows: list[list[int]], sampling: Sampling, options: dict[str, Any]
+    ) -> list[Completion]:
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        if sampling.min_p or sampling.repetition_penalty != 1:
+            raise ValueError(
+                "min_p and repetition_penalty cannot be used with use_transformers_continuous_batching=True: set "
+                "min_p=None and repetition_penalty=1.0, or switch it off."
+            )
+        filters = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_tokens,
+            do_sample=sampling.temperature > 0,
+            pad_token_id=self._pad,
+            eos_token_id=sorted(self._eos) or None,
+            **(filters if sampling.temperature > 0 else {}),
+            **options,
+        )
+        assert self._continuous is not None
+        batching = ContinuousBatchingConfig(**self._continuous)
+        answers = model.generate_batch(rows, generation_config=config, continuous_batching_config=batching)
+        # Requests are numbered in the order they were given, and come back in the order they ended.
+        ordered = sorted(answers.values(), key=lambda answer: int(answer.request_id.rpartition("_")[2]))
+        if [list(answer.prompt_ids) for answer in ordered] != rows:
+            raise RuntimeError(f"continuous batching answered {len(ordered)} of {len(rows)} requests, or others")
+        return [self._trim(list(answer.generated_tokens), [], sampling) for answer in ordered]
 
     def _trim(self, ids: list[int], logprobs: list[float], sampling: Sampling) -> Completion:
         end = next((i + 1 for i, token in enumerate(ids) if token in self._eos), None)

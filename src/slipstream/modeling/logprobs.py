@@ -109,6 +109,11 @@ def _only_at(head: nn.Module, positions_N: Tensor, float32: bool) -> Iterator[No
         with torch.autocast(hidden_NH.device.type, enabled=False):
             return nn.functional.linear(hidden_NH.float(), weight.float(), None if bias is None else bias.float())
 
+    if float32 and hasattr(head, "base_layer"):
+        raise ValueError(
+            "cast_lm_head_to_fp32=True does not go with an adapter on the output embedding, which it would leave out: "
+            "take lm_head out of target_modules, or set cast_lm_head_to_fp32=False."
+        )
     hook = head.register_forward_pre_hook(select, with_kwargs=True)
     forward = head.forward
     if float32:

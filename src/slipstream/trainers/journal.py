@@ -100,6 +100,24 @@ class Journal(TrainerCallback):
         """Write the report, also when training is stopped early."""
         if self.args.html_report:
             self.write(state.log_history)
+        self.upload()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Upload the completions beside each checkpoint, if that was asked for."""
+        self.upload()
+
+    def upload(self) -> None:
+        """Send `completions.jsonl` to the dataset repository `log_completions_hub_repo`, which is made if needed."""
+        repository = self.args.log_completions_hub_repo
+        if repository is None or not self.log.path.exists():
+            return
+        from huggingface_hub import HfApi
+
+        hub = HfApi(token=self.args.hub_token)
+        hub.create_repo(repository, repo_type="dataset", private=self.args.hub_private_repo, exist_ok=True)
+        hub.upload_file(
+            path_or_fileobj=self.log.path, path_in_repo=self.log.path.name, repo_id=repository, repo_type="dataset"
+        )
 
     def write(self, history: list[dict[str, Any]], summary: dict[str, Any] | None = None) -> Path:
         """Write `report.html` from what has been logged so far."""
