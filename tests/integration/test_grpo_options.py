@@ -64,7 +64,9 @@ def test_an_option_trains_alike_however_rows_are_cut(tiny_model, tmp_path, optio
 
 def test_the_entropy_mask_keeps_the_asked_share(tiny_model, tmp_path):
     trainer = GRPOTrainer(
-        tiny_model, digits, GRPOConfig(str(tmp_path), top_entropy_quantile=0.3, report_to=[], disable_tqdm=True),
+        tiny_model, digits, GRPOConfig(
+            str(tmp_path), top_entropy_quantile=0.3, max_completion_length=6, report_to=[], disable_tqdm=True
+        ),
         Dataset.from_list(ROWS),
     )  # fmt: skip
     rollouts = trainer._generate(trainer.train_dataset, [(i, 0, 4) for i in range(8)], ("seed",), evaluation=False)
@@ -89,7 +91,7 @@ def test_the_reference_moves_towards_the_policy(tiny_model, tmp_path):
 def test_an_adapter_has_no_reference_that_could_move(tiny_model, tmp_path):
     from peft import LoraConfig
 
-    args = GRPOConfig(str(tmp_path), beta=0.1, sync_ref_model=True, report_to=[])
+    args = GRPOConfig(str(tmp_path), beta=0.1, sync_ref_model=True, max_completion_length=6, report_to=[])
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="sync_ref_model=True does not go with an adapter"):
         GRPOTrainer(tiny_model, digits, args, Dataset.from_list(ROWS), peft_config=adapter)
