@@ -68,6 +68,7 @@ def test_a_config_survives_a_round_trip():
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
         ({"reward_timeout": 0}, "reward_timeout=0 .*> 0"),
         ({"num_completions_to_print": 0}, "num_completions_to_print=0"),
+        ({"max_tool_calling_iterations": 0}, "max_tool_calling_iterations=0 .*>= 1"),
         ({"log_completions_hub_repo": "me/data"}, "log_completions_hub_repo='me/data' has nothing to upload"),
         ({"loss_type": "cispo"}, "epsilon_high=None does not go with loss_type='cispo'.*above 1"),
         ({"loss_type": "cispo", "epsilon_high": 0.3}, "epsilon_high=0.3 does not go with"),
@@ -92,7 +93,6 @@ def test_wrong_values_are_named(values, message):
 @pytest.mark.parametrize(
     "values",
     [
-        {"max_tool_calling_iterations": 3},
         {"use_vllm": True, "vllm_mode": "server"},
     ],
 )

@@ -57,7 +57,9 @@ class GRPOConfig(OnlineConfig):
     vespo_lambda_neg: float = option(2.0, "Rate of `vespo` where A < 0.")
     off_policy_mask_threshold: float | None = option(None, "Drop rows with A < 0 that drifted further than this.")
     use_bias_correction_kl: bool = option(True, "Weight the KL estimate by the ratio, which makes it unbiased.")
-    max_tool_calling_iterations: int | None = option(None, "Turns of tool calls in a completion, at most.")
+    max_tool_calling_iterations: int | None = option(
+        None, "Turns of tool calls, at most; for tools, which are not there yet."
+    )
     router_aux_loss_coef: float | None = option(None, "Weight of a mixture of experts' load balancing loss.")
     cast_lm_head_to_fp32: bool = option(False, "Compute logits in float32.")
 
@@ -107,7 +109,7 @@ class GRPOConfig(OnlineConfig):
         if self.sync_ref_model and not self.beta:
             raise ValueError("sync_ref_model=True needs a reference model, and beta=0.0 loads none: set beta above 0.")
         if self.max_tool_calling_iterations is not None:
-            raise NotImplementedError("max_tool_calling_iterations is not there yet: leave it None.")
+            number("max_tool_calling_iterations", self.max_tool_calling_iterations, least=1, integer=True)
 
 
 class GRPOTrainer(OnlineTrainer):
