@@ -19,6 +19,7 @@ def build_engine(
     model: str | nn.Module,
     policy: Callable[[], nn.Module],
     tokenizer: Any,
+    pad_token_id: int,
     eos_token_ids: Collection[int],
     rank: int,
 ) -> Engine:
@@ -29,16 +30,16 @@ def build_engine(
         model: What the trainer was given: a name or folder, or a module.
         policy: Returns the unwrapped model that is trained.
         tokenizer: Its tokenizer or processor.
+        pad_token_id: Token that fills rows up.
         eos_token_ids: Tokens that end a completion.
         rank: Of this process.
     """
     if not config.use_vllm:
         from slipstream.generation.transformers import TransformersEngine
 
-        pad = getattr(tokenizer, "tokenizer", tokenizer).pad_token_id
         return TransformersEngine(
             policy,
-            pad_token_id=pad,
+            pad_token_id=pad_token_id,
             eos_token_ids=sorted(eos_token_ids),
             seed=config.seed + rank,
             continuous_batching=_continuous_batching(config),

@@ -89,7 +89,7 @@ class OnlineTrainer(Trainer):
             vllm_compat.load()  # complains about a missing or unknown vLLM before a model is read
 
         tokenizer = loading.load_tokenizer(processing_class, model, args)
-        self.renderer = PromptRenderer(_tokenizer_of(tokenizer), args.chat_template_kwargs)  # type: ignore[arg-type]
+        self.renderer = PromptRenderer(loading.text_tokenizer(tokenizer), args.chat_template_kwargs)  # type: ignore[arg-type]
         # A rollout_func renders its prompts itself: how long they get is its own affair.
         longest = None if self.rollout_func is not None else inputs.longest_sequence(model, args)
         train_dataset = inputs.fitting_rows("train_dataset", train_dataset, self.renderer, longest, args)
@@ -143,6 +143,7 @@ class OnlineTrainer(Trainer):
             model=model,
             policy=lambda: self.accelerator.unwrap_model(self.model_wrapped),
             tokenizer=tokenizer,
+            pad_token_id=self.renderer.tokenizer.pad_token_id,
             eos_token_ids=self.eos_ids,
             rank=self.accelerator.process_index,
         )
@@ -424,8 +425,8 @@ class OnlineTrainer(Trainer):
         model.eval()
         try:
             with self.clock.phase("train"), self.compute_loss_context_manager():
+                precise = self.scoring_options().get("float32_head", False)
                 for batch in self.packer.pack(rollouts, StepTotals(0, 1.0, 1)):
-                    precise = self.scoring_options().get("float32_head", False)
                     output = self._score_tokens(model, batch, entropies=entropies, float32_head=precise)
                     values_N = output.entropies_N if entropies else output.logps_N
                     assert values_N is not None
@@ -624,8 +625,3 @@ class OnlineTrainer(Trainer):
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
         algorithm = type(self).__name__.removesuffix("Trainer")
         return self.config_class(output_dir=f"{str(name).rstrip('/').split('/')[-1]}-{algorithm}")
-
-
-def _tokenizer_of(processing_class: Any) -> Any:
-    """A processor's tokenizer, or the tokenizer itself."""
-    return getattr(processing_class, "tokenizer", processing_class)

@@ -49,12 +49,17 @@ def load_tokenizer(processing_class: Any, model: str | nn.Module, config: Online
         processing_class = AutoTokenizer.from_pretrained(
             name, revision=options.get("revision", "main"), trust_remote_code=config.trust_remote_code
         )
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = text_tokenizer(processing_class)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither a pad_token nor an eos_token: set tokenizer.pad_token.")
         tokenizer.pad_token = tokenizer.eos_token
     return processing_class
+
+
+def text_tokenizer(processing_class: Any) -> Any:
+    """A processor's tokenizer, or the tokenizer itself."""
+    return getattr(processing_class, "tokenizer", processing_class)
 
 
 def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
