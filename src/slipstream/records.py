@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,14 +38,17 @@ class Completion:
         ids: Sampled token ids, including the end-of-sequence token when one was sampled.
         logprobs: Log-probability of each token under the distribution it was sampled from (after temperature and
             truncation), same length as `ids`; None when the engine was not asked for them.
-        weight_version: Version of the policy weights that sampled it (number of optimizer steps they have seen).
+        weight_version: Version of the policy weights that sampled it (number of optimizer steps they have seen); the
+            first one's where the weights changed in between.
         finish_reason: "stop" (end of sequence or a stop string) or "length" (max_tokens reached).
+        version_runs: (first token, version) of each stretch of tokens, where the weights changed in between.
     """
 
     ids: list[int]
     logprobs: Sequence[float] | None
     weight_version: int
     finish_reason: str
+    version_runs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -91,25 +94,41 @@ class StepTotals:
         tokens: Completion tokens that enter the loss.
         chosen_tokens: Those of them that the entropy mask keeps; all of them without one.
         ranks: Processes whose gradients are averaged.
+        kept_rows: Completions of which some tokens enter the loss.
     """
 
     rows: int
     tokens: float
     ranks: int
     chosen_tokens: float = 1.0
+    kept_rows: int = 0
+
+
+class Segment(NamedTuple):
+    """A stretch of a packed row: its tokens see each other causally, and all of its parent's.
+
+    Attributes:
+        length: Tokens.
+        parent: Which segment of the row it continues, a prompt that several completions share; None: none.
+    """
+
+    length: int
+    parent: int | None = None
 
 
 @dataclass(slots=True)
 class MicroBatch:
     """Rollouts as tensors, for one forward and backward pass.
 
-    B rows of at most T tokens (prompt, then completion, then padding); N completion tokens, row after row.
+    B rows of at most T tokens (prompt, then completion, then padding); N completion tokens, row after row. Packed, all
+    rollouts stand in one row (B = 1) and what is said of rows below is said of rollouts.
 
     Attributes:
         rollouts: The rows.
         input_ids_BT: Token ids, padded on the right.
         attention_mask_BT: 1 for tokens, 0 for padding.
-        positions_N: Where in the flattened (B*T) input each completion token is predicted from.
+        positions_N: Where in the flattened (B*T) input each completion token is predicted from. Completions that share
+            a prompt are all predicted from its last token first.
         targets_N: The completion tokens.
         rows_N: Row of each completion token.
         mask_N: 1.0 for tokens that enter the loss.
@@ -117,6 +136,9 @@ class MicroBatch:
         totals: Of the optimizer step that this is a part of.
         per_token: Values given to each completion token beforehand, by name, shape (N,): `sampler_logps`, `old_logps`,
             `ref_logps`, `entropy_mask` where they are needed.
+        group_size: Completions of a prompt that stand side by side; 1 where they were not kept together.
+        position_ids_BT: Position of each token in its own sequence; None: as the columns are numbered.
+        segments: What the one packed row consists of, from left to right; None: rows are padded.
     """
 
     rollouts: list[Rollout]
@@ -129,6 +151,9 @@ class MicroBatch:
     advantages_B: Tensor
     totals: StepTotals
     per_token: dict[str, Tensor]
+    group_size: int = 1
+    position_ids_BT: Tensor | None = None
+    segments: tuple[Segment, ...] | None = None
 
     def split_rows(self, values_N: Tensor) -> list[Tensor]:
         """Cut a value per completion token into one tensor a row."""

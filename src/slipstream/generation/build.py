@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def build_engine(
     pad_token_id: int,
     eos_token_ids: Collection[int],
     rank: int,
+    reference: Callable[[], AbstractContextManager[nn.Module]] | None = None,
 ) -> Engine:
     """Start the engine.
 
@@ -33,6 +35,9 @@ def build_engine(
         pad_token_id: Token that fills rows up.
         eos_token_ids: Tokens that end a completion.
         rank: Of this process.
+        reference: Returns a context manager that gives the reference model while it is entered (the policy with its
+            adapter off, for instance). Needed if requests will have a mixture above 0; an engine that holds weights of
+            its own takes the reference's by `update_reference`. None: no reference.
     """
     if not config.use_vllm:
         from slipstream.generation.transformers import TransformersEngine
@@ -43,6 +48,17 @@ def build_engine(
             eos_token_ids=sorted(eos_token_ids),
             seed=config.seed + rank,
             continuous_batching=_continuous_batching(config),
+            reference=reference,
+        )
+    if config.vllm_mode == "server":
+        from slipstream.generation.server import ServerEngine
+
+        return ServerEngine(
+            config.server_url,
+            device=config.device,
+            timeout=config.vllm_server_timeout,
+            max_model_len=config.vllm_max_model_length,
+            reference=reference is not None,
         )
     from slipstream.generation.colocate import ColocateEngine
 
@@ -63,10 +79,11 @@ def build_engine(
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
             model_impl=config.vllm_model_impl,
-            max_num_seqs=config.per_device_train_batch_size * config.steps_per_generation,
+            max_num_seqs=config.micro_batch_rows * config.steps_per_generation,
             seed=config.seed + rank,
             enable_sleep_mode=config.vllm_enable_sleep_mode,
             trust_remote_code=config.trust_remote_code,
+            reference=reference is not None,
             engine_kwargs=options,
         )
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from slipstream.generation.engine import Request, Sampling, SyncReport
 from slipstream.generation.guest import Guest
+from slipstream.generation.requests import check_lengths, completions_of, mixture_of
 from slipstream.generation.sleeping import SleepState
 from slipstream.generation.vllm_options import check_sampling, engine_options, sampling_params
 from slipstream.records import Completion
-from slipstream.vllm_compat import check_sleep_supported, process, token_prompt
+from slipstream.vllm_compat import check_sleep_supported, mixture, process, token_prompt
 from slipstream.weights.plan import WeightUpdateError
 from slipstream.weights.transports import in_place
 
@@ -45,16 +46,18 @@ class ColocateEngine:
         enable_sleep_mode: Whether `sleep` can be used.
         trust_remote_code: Whether code from the model's repository may run.
         revision: Branch, tag or commit of `model`.
+        reference: Whether to hold a second model, the reference, for requests with a mixture above 0. A token then
+            takes twice the cache, and the engine runs without CUDA graphs.
         engine_kwargs: Further arguments of `vllm.LLM`, by its names.
 
     Attributes:
-        version: Version of the weights that serve; None before the first update, after a level 2 sleep, and after an
-            update that failed half way.
+        version: Version of the policy's weights that serve; None before the first update, after a level 2 sleep, and
+            after an update that failed half way.
         timings: Where the time of the last update went.
 
     Raises:
         ImportError: vLLM is missing.
-        NotImplementedError: `tensor_parallel_size` is not 1.
+        NotImplementedError: `tensor_parallel_size` is not 1, or vLLM cannot hold two of this model (see `mixture`).
         RuntimeError: vLLM's version is not supported, another engine is alive in this process, or sleep mode is asked
             for where vLLM cannot sleep.
         ValueError: An option is unknown to vLLM, or set twice.
@@ -74,6 +77,7 @@ class ColocateEngine:
         enable_sleep_mode: bool = False,
         trust_remote_code: bool = False,
         revision: str | None = None,
+        reference: bool = False,
         engine_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if tensor_parallel_size != 1:
@@ -88,16 +92,20 @@ class ColocateEngine:
             "gpu_memory_utilization": gpu_memory_utilization, "model_impl": model_impl, "seed": seed,
             "enable_sleep_mode": enable_sleep_mode, "trust_remote_code": trust_remote_code, "revision": revision,
         }  # fmt: skip
-        options = engine_options(fields, engine_kwargs)
+        options = engine_options(fields, engine_kwargs, reference=reference)
         if _alive:
             raise RuntimeError("another ColocateEngine is alive in this process; close() it before making a new one")
         self.version: int | None = None
         self.timings: in_place.Timings | None = None
-        self._why_unusable: str | None = None
-        self._plan: Plan | None = None
+        self._why_unusable: str | None = "no weights yet; call update_weights first"
+        self._has_reference = reference
+        self._why_no_reference: str | None = "no reference weights yet; call update_reference first"
+        self._plans: dict[str, Plan] = {}
         self._sleep = SleepState(enabled=enable_sleep_mode)
         self._guest = Guest()
         with self._guest.inside():
+            if reference:
+                mixture.install()
             self._llm, own_group = process.start(options)
         # Also runs when the engine is collected, or still open when Python exits.
         self._end = weakref.finalize(self, _end, self._llm, self._guest, own_group)
@@ -113,19 +121,28 @@ class ColocateEngine:
         """Sample `requests[i].n` completions for each request, in order.
 
         Completion i of a request is sampled with seed `seed + i`, whatever else is in the call. On CPU the same seed
-        gives the same tokens; on a GPU rounding depends on the batch, so that tokens may differ.
+        gives the same tokens; on a GPU rounding depends on the batch, so that tokens may differ. All requests of a call
+        have the same mixture.
 
         Raises:
-            RuntimeError: The engine has no weights of the trainer, sleeps, or is closed; or vLLM lost a completion.
-            ValueError: A prompt and `max_tokens` do not fit into `max_model_len`, or an option is unknown.
+            RuntimeError: The engine has no weights of the trainer, or none of the reference that the requests ask for;
+                it sleeps, or is closed; or vLLM lost a completion.
+            ValueError: A prompt and `max_tokens` do not fit into `max_model_len`, an option is unknown, or mixtures
+                differ or need a reference that is not there.
         """
         self._sleep.check_generate()
+        share = mixture_of(requests, has_reference=self._has_reference)
         if self.version is None:
-            raise RuntimeError(f"generate: {self._why_unusable or 'no weights yet; call update_weights first'}")
+            raise RuntimeError(f"generate: {self._why_unusable}")
+        if share > 0 and self._why_no_reference is not None:
+            raise RuntimeError(f"generate: {self._why_no_reference}")
         check_sampling(sampling)
-        self._check_lengths(requests, sampling)
+        check_lengths(requests, sampling, self.max_model_len)
         with self._guest.inside():
-            prompts = [token_prompt(list(request.prompt_ids)) for request in requests]
+            if self._has_reference:
+                self._llm.collective_rpc(mixture.set_mixture, args=(share,))
+            salt = mixture.cache_salt(share)
+            prompts = [token_prompt(list(request.prompt_ids), salt) for request in requests]
             params = [sampling_params(request, sampling) for request in requests]
             try:
                 outputs = self._llm.generate(prompts, params, use_tqdm=False)
@@ -135,12 +152,12 @@ class ColocateEngine:
         if len(outputs) != len(requests):
             raise RuntimeError(f"generate: vLLM answered {len(outputs)} of {len(requests)} requests")
         return [
-            _completions(index, request, output.outputs, sampling, self.version)
+            completions_of(index, request, output.outputs, sampling, self.version)
             for index, (request, output) in enumerate(zip(requests, outputs, strict=True))
         ]
 
     def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> SyncReport:
-        """Replace the weights by `tensors` (checkpoint names, full tensors), wholly or not at all.
+        """Replace the policy's weights by `tensors` (checkpoint names, full tensors), wholly or not at all.
 
         Names, shapes, coverage and finiteness are checked before anything is touched; afterwards what the engine holds
         is compared with what was sent. Prefix, multimodal and encoder caches are emptied.
@@ -150,19 +167,49 @@ class ColocateEngine:
             LoadFailedError: Loading failed half way, or the comparison did: `generate` raises until an update succeeds.
         """
         self._sleep.check_update()
-        begin = time.perf_counter()
-        sent = list(tensors)
         try:
-            with self._guest.inside():
-                [(self._plan, self.timings)] = self._llm.collective_rpc(in_place.update, args=(sent, self._plan))
-                process.reset_caches(self._llm)
+            report = self._load(mixture.POLICY, version, tensors)
         except BaseException as error:
-            # A refusal comes before anything is touched; after anything else nobody knows what the engine holds.
-            if not isinstance(error, WeightUpdateError) or isinstance(error, in_place.LoadFailedError):
+            if _touched(error):
                 self._lose_weights(f"the last weight update failed ({error}); a whole update repairs it")
             raise
         self.version, self._why_unusable = version, None
+        return report
+
+    def update_reference(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> SyncReport:
+        """Replace the reference's weights by `tensors`, as `update_weights` does the policy's, which stay.
+
+        Raises:
+            ValueError: The engine was made without a reference.
+            WeightUpdateError: Refused: the reference is what it was.
+            LoadFailedError: Loading failed half way: requests with a mixture raise until an update succeeds.
+        """
+        self._sleep.check_update("update_reference")
+        if not self._has_reference:
+            raise ValueError(
+                "update_reference: the engine was made without a reference model: give `reference` to build_engine"
+            )
+        try:
+            report = self._load(mixture.REFERENCE, 0, tensors)
+        except BaseException as error:
+            if _touched(error):
+                self._why_no_reference = f"the last update of the reference failed ({error}); a whole one repairs it"
+            raise
+        self._why_no_reference = None
+        return report
+
+    def _load(self, part: str, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> SyncReport:
+        begin = time.perf_counter()
+        sent = list(tensors)
+        with self._guest.inside():
+            arguments = (sent, self._plans.get(part), part)
+            [(self._plans[part], self.timings)] = self._llm.collective_rpc(in_place.update, args=arguments)
+            process.reset_caches(self._llm)
         return SyncReport(version, sum(t.nbytes for _, t in sent), len(sent), time.perf_counter() - begin)
+
+    def recover(self) -> None:
+        """Raise RuntimeError: it cannot be lost without this process."""
+        raise RuntimeError("recover: an engine in this process cannot be lost without it")
 
     def sleep(self, level: int = 1) -> None:
         """Free accelerator memory: 1 keeps the weights in host memory, 2 drops them (an update must follow `wake`)."""
@@ -172,6 +219,7 @@ class ColocateEngine:
         self._sleep.fell_asleep(level)
         if level == 2:
             self._lose_weights("a level 2 sleep dropped the weights; call update_weights after wake")
+            self._why_no_reference = "a level 2 sleep dropped the reference's weights; call update_reference after wake"
 
     def wake(self, tags: Sequence[str] | None = None) -> None:
         """Take memory back: all that is asleep, or the parts in `tags`.
@@ -197,37 +245,10 @@ class ColocateEngine:
     def _lose_weights(self, why: str) -> None:
         self.version, self._why_unusable = None, why
 
-    def _check_lengths(self, requests: Sequence[Request], sampling: Sampling) -> None:
-        limit = self.max_model_len
-        for index, request in enumerate(requests):
-            length = len(request.prompt_ids)
-            if length == 0:
-                raise ValueError(f"generate: request {index} has an empty prompt; give at least one token")
-            if length + sampling.max_tokens > limit:
-                raise ValueError(
-                    f"generate: request {index} has {length} prompt tokens; with max_tokens={sampling.max_tokens} they "
-                    f"exceed the engine's max_model_len={limit}. Shorten the prompt, lower max_completion_length, or "
-                    "raise vllm_max_model_length."
-                )
 
-
-def _completions(
-    index: int, request: Request, samples: Sequence[Any], sampling: Sampling, version: int
-) -> list[Completion]:
-    if sampling.temperature == 0:
-        samples = list(samples) * request.n
-    if len(samples) != request.n:
-        raise RuntimeError(f"generate: vLLM gave {len(samples)} of request {index}'s {request.n} completions")
-    completions = []
-    for sample in samples:
-        if sample.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"generate: vLLM ended a completion of request {index} by {sample.finish_reason!r}")
-        ids = list(sample.token_ids)
-        logprobs = list(sample.logprobs.logprobs) if sampling.logprobs else None
-        if logprobs is not None and len(logprobs) != len(ids):
-            raise RuntimeError(f"generate: vLLM gave {len(logprobs)} log-probabilities for {len(ids)} tokens")
-        completions.append(Completion(ids, logprobs, version, sample.finish_reason))
-    return completions
+def _touched(error: BaseException) -> bool:
+    """Whether a failed update may have changed the engine. A refusal comes before anything is touched."""
+    return not isinstance(error, WeightUpdateError) or isinstance(error, in_place.LoadFailedError)
 
 
 def _end(llm: Any, guest: Guest, own_group: bool) -> None:

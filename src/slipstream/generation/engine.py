@@ -1,4 +1,4 @@
-"""What a trainer needs from a generator: five verbs. Trainers never ask which engine they have."""
+"""What a trainer needs from a generator: six verbs. Trainers never ask which engine they have."""
 
 from __future__ import annotations
 
@@ -41,21 +41,36 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Ask for `n` completions of one prompt; completion i is sampled with seed `seed + i` (None: unseeded)."""
+    """Ask for `n` completions of one prompt; completion i is sampled with seed `seed + i` (None: unseeded).
+
+    Attributes:
+        mixture: Share of the reference model in the logits sampled from: 0.0 is the policy, 1.0 the reference. Between
+            them, log_softmax(mixture * reference + (1 - mixture) * policy). Above 0 needs an engine with a reference.
+    """
 
     prompt_ids: Sequence[int]
     n: int = 1
     seed: int | None = None
+    mixture: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What one weight update moved: `nbytes` bytes in `tensors` tensors within `seconds` seconds."""
+    """What one weight update moved: `nbytes` bytes in `tensors` tensors within `seconds` seconds.
+
+    For `paused` of these, an engine that samples beside the trainer could not go on. A server names the `update`.
+    """
 
     version: int
     nbytes: int
     tensors: int
     seconds: float
+    paused: float = 0.0
+    update: str = ""
+
+
+class EngineLostError(RuntimeError):
+    """The engine does not answer, or no longer holds the trainer's weights, but may come back: see `recover`."""
 
 
 class Engine(Protocol):
@@ -70,6 +85,14 @@ class Engine(Protocol):
 
     def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> SyncReport:
         """Replace the weights by `tensors` (checkpoint names, full tensors), wholly or not at all."""
+        ...
+
+    def update_reference(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> SyncReport:
+        """Replace the reference's weights, which have no version (0), by `tensors`, wholly or not at all."""
+        ...
+
+    def recover(self) -> None:
+        """Wait until an engine that was lost can be reached again. It has no weights of the trainer's then."""
         ...
 
     def sleep(self, level: int = 1) -> None:

@@ -63,11 +63,11 @@ class SleepState:
         if self.asleep:
             raise RuntimeError(f"generate: the engine is {self}; call wake() first")
 
-    def check_update(self) -> None:
+    def check_update(self, verb: str = "update_weights") -> None:
         """Raise unless weights can be written now."""
-        self.check_open("update_weights")
+        self.check_open(verb)
         if "weights" in self.asleep:
-            raise RuntimeError(f"update_weights: the engine is {self}; call wake() or wake(['weights']) first")
+            raise RuntimeError(f"{verb}: the engine is {self}; call wake() or wake(['weights']) first")
 
     def check_open(self, verb: str) -> None:
         """Raise if the engine is closed."""

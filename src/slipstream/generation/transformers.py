@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from slipstream.generation.engine import Request, Sampling, SyncReport
 from slipstream.generation.guest import RandomStates
+from slipstream.generation.logits import Distribution, inference, mixed_logits
+from slipstream.generation.requests import mixture_of
 from slipstream.generation.vllm_options import check_names, names
 from slipstream.records import Completion
 
@@ -33,6 +35,9 @@ class TransformersEngine:
         batch_size: Most completions sampled at the same time; None: all of a call.
         continuous_batching: Settings of transformers' ContinuousBatchingConfig: sample with its `generate_batch`, which
             pads nothing and takes up a sequence when another ends. It reports no log-probabilities here. None: off.
+        reference: Returns a context manager that gives the reference model (of the policy's vocabulary) while it is
+            entered, for requests with a mixture above 0. It may be the policy's own with its adapter off. None: there
+            is no reference.
 
     Seeds: a call is reproducible from the first request's seed (and independent of the trainer's random states), but a
     completion's tokens also depend on what else is in the call. Only vLLM samples each completion from its own seed.
@@ -47,6 +52,7 @@ class TransformersEngine:
         seed: int = 0,
         batch_size: int | None = None,
         continuous_batching: Mapping[str, Any] | None = None,
+        reference: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self.version: int | None = None
         self._model = model
@@ -56,14 +62,17 @@ class TransformersEngine:
         self._calls = 0
         self._batch_size = batch_size
         self._continuous = continuous_batching
+        self._reference = reference
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Sample `requests[i].n` completions for each request, in order.
 
         Raises:
             RuntimeError: No `update_weights` yet.
-            ValueError: A sampling option that transformers does not have.
+            ValueError: A sampling option that transformers does not have; or mixtures that differ, or need a reference
+                that is not there.
         """
+        mixture = mixture_of(requests, has_reference=self._reference is not None)
         if self.version is None:
             raise RuntimeError("generate: no weight version is known yet; call update_weights first")
         options = _check_extra(sampling)
@@ -77,16 +86,34 @@ class TransformersEngine:
         states = RandomStates()
         try:
             torch.manual_seed(seed % 2**63)
-            with _inference(self._model()) as model:
+            with self._source(mixture) as model:
                 if self._continuous is not None:
                     completions = self._sample_continuously(model, rows, sampling, options)
                 else:
                     for start in range(0, len(rows), size):
-                        completions += self._sample(model, rows[start : start + size], sampling, options)
+                        with self._mixing(model, mixture):
+                            completions += self._sample(model, rows[start : start + size], sampling, options)
         finally:
             states.restore()
         ordered = iter(completions)
         return [[next(ordered) for _ in range(request.n)] for request in requests]
+
+    @contextlib.contextmanager
+    def _source(self, mixture: float) -> Iterator[Any]:
+        """The model whose `generate` is called: the reference if nothing else is sampled from, else the policy."""
+        if 0 < mixture < 1 and self._continuous is not None:
+            raise ValueError(
+                f"mixture={mixture!r} cannot be used with use_transformers_continuous_batching=True, which gives no "
+                "place to mix logits: switch it off, or use vLLM."
+            )
+        given = self._reference if mixture == 1 else None
+        with given() if given else contextlib.nullcontext(self._model()) as model, inference(model):
+            yield model
+
+    def _mixing(self, model: Any, mixture: float) -> AbstractContextManager[None]:
+        if self._reference is None or mixture in (0, 1):
+            return contextlib.nullcontext()
+        return mixed_logits(model, self._reference, mixture)
 
     def _sample(
         self, model: Any, rows: list[list[int]], sampling: Sampling, options: dict[str, Any]
@@ -100,7 +127,7 @@ class TransformersEngine:
         from transformers import GenerationConfig, LogitsProcessorList
 
         # It shapes the distribution instead of transformers' own filters, to report log-probabilities under it.
-        distribution = _Distribution(sampling, mask)
+        distribution = Distribution(sampling, mask)
         config = GenerationConfig(
             max_new_tokens=sampling.max_tokens,
             do_sample=sampling.temperature > 0,
@@ -168,6 +195,18 @@ class TransformersEngine:
         self.version = version
         return SyncReport(version, nbytes=0, tensors=0, seconds=time.perf_counter() - begin)
 
+    def update_reference(self, tensors: Iterable[tuple[str, Tensor]]) -> SyncReport:
+        """Move nothing: the reference is the trainer's own as well. Raise ValueError if there is none."""
+        if self._reference is None:
+            raise ValueError(
+                "update_reference: the engine was made without a reference model: give `reference` to build_engine"
+            )
+        return SyncReport(0, nbytes=0, tensors=0, seconds=0.0)
+
+    def recover(self) -> None:
+        """Raise RuntimeError: it cannot be lost without this process."""
+        raise RuntimeError("recover: the trainer's own model cannot be lost without it")
+
     def sleep(self, level: int = 1) -> None:
         """Raise RuntimeError: there is no memory of its own to free."""
         raise RuntimeError("sleep: generation with transformers has no memory of its own to free; set use_vllm=True")
@@ -179,75 +218,6 @@ class TransformersEngine:
     def close(self) -> None:
         """Forget the weights' version."""
         self.version = None
-
-
-class _Distribution:
-    """A logits processor: shapes each step's distribution and keeps the log-probability of what was drawn from it.
-
-    It sees a drawn token at the next step, as the last one of `input_ids`, so one (rows, vocabulary) matrix is kept
-    instead of one a step.
-    """
-
-    def __init__(self, sampling: Sampling, prompt_mask: Tensor) -> None:
-        self.logprobs: list[Tensor] = []  # one (rows,) tensor a step
-        self._last: Tensor | None = None
-        self._sampling = sampling
-        self._prompt_mask = prompt_mask.bool()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.record(input_ids)
-        s = self._sampling
-        if s.repetition_penalty != 1.0:
-            scores = self._penalize(input_ids, scores)
-        if s.temperature > 0:
-            scores = _truncate(scores.float() / s.temperature, s)
-        self._last = scores.float().log_softmax(-1)
-        return scores
-
-    def record(self, input_ids: Tensor) -> None:
-        """Note the log-probability of the last token of each row."""
-        if self._last is not None:
-            self.logprobs.append(self._last.gather(-1, input_ids[:, -1:]).squeeze(-1))
-            self._last = None
-
-    def _penalize(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # Padding is not part of the text; its token may well be the one that ends a sequence.
-        seen = self._prompt_mask.new_zeros(scores.shape)
-        prompt = input_ids[:, : self._prompt_mask.shape[1]]
-        for row in range(len(seen)):
-            seen[row, prompt[row][self._prompt_mask[row]]] = True
-        seen.scatter_(1, input_ids[:, self._prompt_mask.shape[1] :], True)
-        penalty = self._sampling.repetition_penalty
-        return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
-
-
-def _truncate(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Drop tokens by min_p, then top_k, then top_p (the order of vLLM); dropped ones get -inf. (rows, vocabulary)."""
-    if sampling.min_p > 0:
-        floor = logits.max(-1, keepdim=True).values + math.log(sampling.min_p)
-        logits = logits.masked_fill(logits < floor, -torch.inf)
-    if 0 < sampling.top_k < logits.shape[-1]:
-        kth = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if sampling.top_p < 1.0:
-        ascending, order = logits.sort(-1)
-        below = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        below[:, -1] = False  # the most likely token always stays
-        logits = logits.masked_fill(below.scatter(-1, order, below), -torch.inf)
-    return logits
-
-
-@contextlib.contextmanager
-def _inference(model: Any) -> Iterator[Any]:
-    """The model in evaluation mode, without gradients; its modules' training flags are put back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_extra(sampling: Sampling) -> dict[str, Any]:

@@ -42,30 +42,40 @@ def check_names(field: str, given: Iterable[str], known: set[str], own: frozense
             raise ValueError(f"{field}: there is no option {name!r}.{hint}")
 
 
-def engine_options(fields: Mapping[str, Any], extra: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for an engine in this process.
+def engine_options(
+    fields: Mapping[str, Any],
+    extra: Mapping[str, Any] | None,
+    *,
+    reference: bool = False,
+    source: str = "vllm_engine_kwargs",
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, or of vLLM's asynchronous engine.
 
     Args:
         fields: Values of `ENGINE_FIELDS`; None leaves an option to vLLM.
         extra: The user's further options.
+        reference: Whether the engine has a reference model beside the policy.
+        source: Where the user gave `extra`, for messages.
 
     Raises:
-        ValueError: An option is unknown to this vLLM, set twice, or at odds with what training needs.
+        ValueError: An option is unknown to this vLLM, set twice, or at odds with what training or a reference needs.
     """
     extra = dict(extra or {})
-    check_names("vllm_engine_kwargs", extra, vllm_compat.engine_option_names(), ENGINE_FIELDS)
+    check_names(source, extra, vllm_compat.engine_option_names(), ENGINE_FIELDS)
     if extra.setdefault("logprobs_mode", "processed_logprobs") != "processed_logprobs":
         raise ValueError(
-            f"vllm_engine_kwargs: logprobs_mode={extra['logprobs_mode']!r}, but training compares log-probabilities "
+            f"{source}: logprobs_mode={extra['logprobs_mode']!r}, but training compares log-probabilities "
             "under the distribution that was sampled from: leave it at 'processed_logprobs'"
         )
     if extra.get("quantization"):
         raise ValueError(
-            f"vllm_engine_kwargs: quantization={extra['quantization']!r}: a colocated engine takes the training "
-            "weights as they are; leave quantization out"
+            f"{source}: quantization={extra['quantization']!r}: an engine takes the training weights as they are; "
+            "leave quantization out"
         )
     options = {**extra, **{name: value for name, value in fields.items() if value is not None}}
     options.setdefault("use_tqdm_on_load", False)
+    if reference:
+        _add_reference(options, source)
     if vllm_compat.on_cpu():
         options.setdefault("enforce_eager", True)
         # A prompt that is cut in two between steps draws a token too many, which vLLM takes back from a seeded
@@ -79,11 +89,23 @@ def engine_options(fields: Mapping[str, Any], extra: Mapping[str, Any] | None) -
     return options
 
 
+def _add_reference(options: dict[str, Any], source: str) -> None:
+    # A captured graph would repeat the branch it was captured in, whatever the mixture is by then.
+    if options.setdefault("enforce_eager", True) is not True:
+        raise ValueError(
+            f"{source}: enforce_eager={options['enforce_eager']!r}, but an engine that samples from the "
+            "reference as well runs without CUDA graphs: leave it out"
+        )
+    if options.get("speculative_config"):
+        raise ValueError(f"{source}: speculative_config does not go with sampling from the reference: leave it out")
+    options["additional_config"] = {**(options.get("additional_config") or {}), vllm_compat.REFERENCE_OPTION: True}
+
+
 def cpu_cache_bytes(options: Mapping[str, Any]) -> int:
     """Size of the key-value cache on CPU: vLLM's default is nearly all memory, filled with zeros at start.
 
     Room for `max_num_seqs` sequences of full length, at most 2 GiB and a quarter of the free memory, but always enough
-    for one sequence.
+    for one sequence. With a reference a token has keys and values in both models.
     """
     from transformers import AutoConfig
 
@@ -92,9 +114,10 @@ def cpu_cache_bytes(options: Mapping[str, Any]) -> int:
     ).get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 4 if options["dtype"] in ("float32", "float") else 2
+    size = 4 if options.get("dtype") in ("float32", "float") else 2
     length = options.get("max_model_len") or config.max_position_embeddings
-    block = _CPU_BLOCK * 2 * config.num_hidden_layers * heads * width * size
+    models = 2 if (options.get("additional_config") or {}).get(vllm_compat.REFERENCE_OPTION) else 1
+    block = _CPU_BLOCK * 2 * models * config.num_hidden_layers * heads * width * size
     sequence = -(-length // _CPU_BLOCK) * block
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # One block is vLLM's own.
@@ -105,7 +128,9 @@ def sampling_params(request: Request, sampling: Sampling) -> Any:
     """`vllm.SamplingParams` for one request. A greedy request asks for one completion, since all would be the same."""
     options = dict(sampling.extra)
     if sampling.regex is not None:
-        options["structured_outputs"] = vllm_compat.regex_constraint(sampling.regex)
+        options["structured_outputs"] = {"regex": sampling.regex}
+    if isinstance(options.get("structured_outputs"), Mapping):  # as YAML and clients have it
+        options["structured_outputs"] = vllm_compat.constraint(options["structured_outputs"])
     # Text is made only when a stop string must be found in it.
     options.setdefault("detokenize", bool(options.get("stop")))
     return vllm_compat.load().SamplingParams(

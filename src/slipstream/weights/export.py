@@ -27,9 +27,10 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the full value of every weight of `model`, once, as its checkpoint would hold them.
 
     The model may be compiled, wrapped in DistributedDataParallel, sharded by FSDP2 (each weight is gathered when its
-    turn comes, on all ranks together), and carry LoRA adapters. The active adapters are merged into copies:
-    a tensor without adapter is the training weight itself (do not write to it), one with an adapter is new. Modules
-    that an adapter replaced (`modules_to_save`) give the replacement. Tied weights come once, under the first name.
+    turn comes, on all ranks together), and carry LoRA adapters. The active adapters are merged into copies (none within
+    `model.disable_adapter()`): a tensor without adapter is the training weight itself (do not write to it), one with an
+    adapter is new. Modules that an adapter replaced (`modules_to_save`) give the replacement. Tied weights come once,
+    under the first name.
 
     Raises:
         NotImplementedError: FSDP1, DeepSpeed ZeRO-3, quantized weights, adapters other than LoRA, or an adapter on one
@@ -51,10 +52,25 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from tensors
 
 
+class Weights:
+    """The named tensors of a model, which can be walked through more than once: see `named_tensors`.
+
+    Args:
+        model: The model; its weights are read when they are walked through.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return named_tensors(self._model)
+
+
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     kinds = {cls.__name__ for cls in type(module).__mro__} if type(module).__module__.startswith("peft.") else set()
     if "ModulesToSaveWrapper" in kinds:
-        active = [name for name in module.active_adapters if name in module.modules_to_save]  # type: ignore
+        on = () if module.disable_adapters else module.active_adapters
+        active = [name for name in on if name in module.modules_to_save]  # type: ignore
         yield from _walk(module.modules_to_save[active[0]] if active else module.original_module, prefix, seen)  # type: ignore
         return
     if "LoraLayer" in kinds:
@@ -83,7 +99,8 @@ def _merged(layer: Any, prefix: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     if type(layer).__name__ == "ParamWrapper":
         raise NotImplementedError(f"{prefix.rstrip('.')}: LoRA on a parameter (target_parameters) cannot be exported")
     trained = layer.lora_embedding_A if len(layer.lora_embedding_A) else layer.lora_A
-    adapters = [name for name in layer.active_adapters if name in trained and name not in layer.merged_adapters]
+    active = () if layer.disable_adapters else layer.active_adapters
+    adapters = [name for name in active if name in trained and name not in layer.merged_adapters]
     for name, parameter in layer.get_base_layer().named_parameters():
         _check_parameter(prefix + name, parameter)
         value = parameter

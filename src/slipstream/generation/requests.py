@@ -1,0 +1,81 @@
+"""Checks of the requests of one call, and completions out of vLLM's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from slipstream.generation.engine import Request, Sampling
+from slipstream.records import Completion
+
+if TYPE_CHECKING:
+    from slipstream.serving.wire import PromptMessage
+
+
+def mixture_of(requests: Sequence[Request | PromptMessage], *, has_reference: bool) -> float:
+    """The mixture of the requests of one call, 0.0 if there are none.
+
+    Raises:
+        ValueError: They differ, are not in [0, 1], or are above 0 where the engine has no reference.
+    """
+    shares = {request.mixture for request in requests} or {0.0}
+    if len(shares) > 1:
+        raise ValueError(
+            f"generate: the requests of one call have mixtures {', '.join(map(str, sorted(shares)))}; the engine "
+            "samples from one distribution at a time: make a call for each"
+        )
+    [mixture] = shares
+    if not 0 <= mixture <= 1:
+        raise ValueError(f"generate: mixture={mixture!r} is not allowed: a number from 0 (policy) to 1 (reference)")
+    if mixture > 0 and not has_reference:
+        raise ValueError(
+            f"generate: mixture={mixture!r} samples from a reference model, which this engine was made without: give "
+            "`reference` to build_engine, or set mixture=0"
+        )
+    return mixture
+
+
+def check_lengths(requests: Sequence[Request], sampling: Sampling, limit: int) -> None:
+    """Raise ValueError if a prompt is empty, or does not fit into `limit` tokens with a completion."""
+    for index, request in enumerate(requests):
+        length = len(request.prompt_ids)
+        if length == 0:
+            raise ValueError(f"generate: request {index} has an empty prompt; give at least one token")
+        if length + sampling.max_tokens > limit:
+            raise ValueError(
+                f"generate: request {index} has {length} prompt tokens; with max_tokens={sampling.max_tokens} they "
+                f"exceed the engine's max_model_len={limit}. Shorten the prompt, lower max_completion_length, or "
+                "raise vllm_max_model_length."
+            )
+
+
+def completions_of(
+    index: int, request: Request, samples: Sequence[Any], sampling: Sampling, version: int
+) -> list[Completion]:
+    """The completions of request `index`.
+
+    Args:
+        index: Of the request, for messages.
+        request: The request.
+        samples: What vLLM answered: outputs with ids, a finish reason, and log-probabilities if they were asked for.
+        sampling: How they were sampled.
+        version: Of the weights that sampled them.
+
+    Raises:
+        RuntimeError: A completion is missing, ended in another way than by a stop or its length, or lacks
+            log-probabilities.
+    """
+    if sampling.temperature == 0:
+        samples = list(samples) * request.n
+    if len(samples) != request.n:
+        raise RuntimeError(f"generate: vLLM gave {len(samples)} of request {index}'s {request.n} completions")
+    completions = []
+    for sample in samples:
+        if sample.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"generate: vLLM ended a completion of request {index} by {sample.finish_reason!r}")
+        ids = list(sample.token_ids)
+        logprobs = list(sample.logprobs.logprobs) if sampling.logprobs else None
+        if logprobs is not None and len(logprobs) != len(ids):
+            raise RuntimeError(f"generate: vLLM gave {len(logprobs)} log-probabilities for {len(ids)} tokens")
+        completions.append(Completion(ids, logprobs, version, sample.finish_reason))
+    return completions

@@ -1,0 +1,149 @@
+"""What a request may ask for: bodies are read up to a size, and numbers are checked before a replica sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import HTTPException, Request
+
+from slipstream.checks import number
+from slipstream.serving import wire
+from slipstream.serving.auth import App, Receive, Scope, Send, answer_error
+from slipstream.serving.turns import mixture_of_call
+
+M = TypeVar("M", bound=msgspec.Struct)
+LARGEST_SEED = 2**63 - 1
+UNCOUNTED = ("PUT", "/weights/body")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Largest sizes of one request.
+
+    Attributes:
+        prompts, completions: How many it may have, and ask for.
+        tokens: Of all its prompts given as ids, once a completion, and of all its completions at `max_tokens`.
+        reference: Whether it may ask for samples of a reference model.
+    """
+
+    prompts: int
+    completions: int
+    tokens: int
+    reference: bool
+
+
+class BodyLimit:
+    """ASGI middleware that answers 413 to bodies of more than `limit` bytes; nothing beyond them is read.
+
+    Pieces of weights are not counted: they are written where they belong as they come, and cannot be more than was
+    announced.
+    """
+
+    def __init__(self, app: App, limit: int) -> None:
+        self.app = app
+        self._limit = limit
+        self._detail = f"the body has more than {limit} bytes: send less in one request, or raise --max-body-size"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, with its body counted."""
+        if scope["type"] != "http" or (scope["method"], scope["path"]) == UNCOUNTED:
+            await self.app(scope, receive, send)
+            return
+        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if not announced.isdigit() or int(announced) > self._limit:
+            await answer_error(send, 413, self._detail)
+            return
+        size = 0
+
+        async def counted() -> Any:
+            nonlocal size
+            event = await receive()
+            size += len(event.get("body", b""))
+            if size > self._limit:
+                raise HTTPException(413, self._detail)
+            return event
+
+        await self.app(scope, counted, send)
+
+
+async def read_message(request: Request, kind: type[M]) -> M:
+    """The message in the body of a request.
+
+    Raises:
+        HTTPException: 400, it is no such message.
+    """
+    body = await request.body()
+    try:
+        return wire.decode(body, kind, request.headers.get("content-type", wire.JSON))
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
+
+
+def check_generate(message: wire.GenerateMessage, limits: Limits) -> None:
+    """Check a request to generate, and turn its lists of ids into bytes.
+
+    Raises:
+        HTTPException: 400 or 413, with the place, the value and what is allowed.
+    """
+    try:
+        _check_sampling(message.sampling)
+        for index, prompt in enumerate(message.prompts):
+            _check_prompt(f"prompts[{index}]", prompt)
+        mixture_of_call(message, limits.reference)
+    except (ValueError, OverflowError) as error:
+        raise HTTPException(400, str(error)) from error
+    asked = {
+        "prompts": (len(message.prompts), limits.prompts),
+        "completions": (sum(prompt.n for prompt in message.prompts), limits.completions),
+        "tokens": (sum(p.n * (_length(p) + message.sampling.max_tokens) for p in message.prompts), limits.tokens),
+    }
+    for what, (count, most) in asked.items():
+        if count > most:
+            raise HTTPException(413, f"{count} {what} are asked for in one request; the server takes at most {most}")
+
+
+def _check_prompt(place: str, prompt: wire.PromptMessage) -> None:
+    if sum(form is not None for form in (prompt.ids, prompt.text, prompt.messages)) != 1:
+        raise ValueError(f"{place}: give one of ids, text and messages")
+    number(f"{place}.n", prompt.n, least=1, integer=True)
+    number(f"{place}.mixture", prompt.mixture, least=0, most=1)
+    if prompt.seed is not None:
+        number(f"{place}.seed", prompt.seed, least=0, most=LARGEST_SEED - prompt.n, integer=True)
+    if prompt.ids is not None:
+        ids = wire.unpack_ids(prompt.ids)
+        _check_ids(f"{place}.ids", ids)
+        prompt.ids = wire.pack_ids(ids)
+
+
+def _check_ids(place: str, ids: Sequence[int]) -> None:
+    if not ids:
+        raise ValueError(f"{place} is empty: a prompt has at least one token")
+    if min(ids) < 0 or max(ids) >= 2**31:
+        raise ValueError(f"{place}: token ids are from 0 to {2**31 - 1}")
+
+
+def _check_sampling(sampling: wire.SamplingMessage) -> None:
+    number("sampling.max_tokens", sampling.max_tokens, least=1, integer=True)
+    number("sampling.temperature", sampling.temperature, least=0)
+    number("sampling.top_p", sampling.top_p, above=0, most=1)
+    number("sampling.top_k", sampling.top_k, least=0, most=2**31 - 1, integer=True)
+    number("sampling.min_p", sampling.min_p, least=0, most=1)
+    number("sampling.repetition_penalty", sampling.repetition_penalty, above=0)
+    # msgpack can carry what JSON cannot, here and in what vLLM is given as it is.
+    for name, value in sampling.extra.items():
+        if not _finite(value):
+            raise ValueError(f"sampling.extra: {name!r} has a number that is not finite")
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return all(map(_finite, value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()))
+
+
+def _length(prompt: wire.PromptMessage) -> int:
+    return len(prompt.ids) // 4 if isinstance(prompt.ids, bytes) else 0

@@ -1,0 +1,200 @@
+"""Weight updates in a replica: begun, staged beside generation, committed in a pause, or dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from slipstream.serving import wire
+from slipstream.serving.asking import OTHERS
+from slipstream.serving.replica_generation import Generation
+from slipstream.serving.worker import ERROR, FAILED, OK, REFUSED
+from slipstream.vllm_compat import async_engine
+from slipstream.vllm_compat.mixture import POLICY, REFERENCE
+from slipstream.weights.layout import layout
+
+logger = logging.getLogger(__name__)
+_STAGING_SECONDS = 240.0  # for all tensors to arrive after the sender has sent them
+_DRAIN_SECONDS = 240.0  # for running requests to end, where the update waits for them
+_SHORTEST_LOOK, _LONGEST_LOOK = 0.002, 0.05  # seconds between two looks whether they have arrived
+
+
+class Refused(Exception):
+    """An update that the replica does not take: what served before still does. `status` is the HTTP status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Weights:
+    """The versions of a replica's weights, and the transaction that makes a new one.
+
+    Args:
+        engine: vLLM's asynchronous engine.
+        generation: Told of every switch.
+        reference: Whether the engine has a reference model.
+
+    Attributes:
+        version: Version of the policy that serves; None while none does.
+        update: Name of the update that brought it; empty before the first.
+        stale: Why none does.
+    """
+
+    def __init__(self, engine: Any, generation: Generation, reference: bool) -> None:
+        self._engine = engine
+        self._generation = generation
+        self._has_reference = reference
+        self._why_no_reference = "no weights of the reference have come yet; send them (update_reference) first"
+        self._lock = asyncio.Lock()
+        self._open: wire.ReplicaBegin | None = None
+        self.version: int | None = 0
+        self.update = ""
+        self.stale = ""
+
+    def serving(self, version: int | None, mixture: float, update: str | None = None) -> int:
+        """The version that serves a request for `version` of `update` (None: any) with this share of the reference.
+
+        Raises:
+            Refused: another one serves, or none, or there is no reference.
+        """
+        if self.version is None:
+            raise Refused(409, self.stale)
+        if version not in (None, self.version):
+            raise Refused(409, f"version {version} of the weights is asked for, but version {self.version} serves")
+        if update not in (None, self.update):
+            raise Refused(409, OTHERS.format(version=self.version))
+        if mixture > 0 and self._why_no_reference:
+            raise Refused(409, f"mixture={mixture!r}: {self._why_no_reference}")
+        return self.version
+
+    async def begin(self, message: wire.ReplicaBegin) -> None:
+        """Open a transaction, in place of an unfinished one: compare what will be sent with what is needed.
+
+        Raises:
+            Refused: it does not fit.
+            ValueError: a tensor is of a type or shape that cannot be sent.
+        """
+        begin = message.begin
+        for name, value, allowed in (("mode", begin.mode, wire.MODES), ("transport", begin.transport, wire.TRANSPORTS)):
+            if value not in allowed:
+                raise Refused(400, f"{name}={value!r} is not one of {', '.join(allowed)}")
+        if begin.reference and not self._has_reference:
+            raise Refused(400, "this server has no reference model: start it with --reference")
+        layout(begin.tensors)
+        specs = [(spec.name, spec.dtype, spec.shape) for spec in begin.tensors]
+        async with self._lock:
+            self._open = None
+            await self.call("begin", specs, REFERENCE if begin.reference else POLICY)
+            if begin.transport == "group":
+                await self.call("receive")
+            self._open = message
+
+    async def commit(self, message: wire.CommitMessage) -> wire.CommitReply:
+        """Make the staged weights those that serve.
+
+        Raises:
+            Refused: they are not what was sent, or the transaction is not open; the old ones serve. With status 500:
+                loading failed half way, and none serve, or no reference does.
+        """
+        async with self._lock:
+            transaction = self._transaction(message.transaction)
+            try:
+                await self._staged(transaction, message.checksums)
+                return await self._switch(transaction)
+            finally:
+                self._open = None
+                await self.call("abort")
+
+    async def abort(self, message: wire.AbortMessage) -> None:
+        """Drop what was staged for a transaction. One that is not open has nothing to drop."""
+        async with self._lock:
+            if self._open is not None and self._open.transaction == message.transaction:
+                self._open = None
+                await self.call("abort")
+
+    async def join(self, message: wire.ReplicaCommunicator) -> None:
+        """Have the workers join a process group; returns before they have, since the trainer joins after the answer."""
+        await self.call(
+            "join", message.backend, message.store_url, message.api_key, message.group, message.first_rank,
+            message.world_size, message.timeout,
+        )  # fmt: skip
+
+    async def leave(self) -> None:
+        """Have the workers leave the process group."""
+        await self.call("leave")
+
+    async def call(self, verb: str, *arguments: Any) -> list[Any]:
+        """Call a method of every worker's `Receiver`; returns their answers.
+
+        Raises:
+            Refused: A worker refused (400), or failed (500).
+        """
+        answers = await self._engine.collective_rpc("slipstream", args=(verb, *arguments))
+        for kind, status in ((FAILED, 500), (ERROR, 500), (REFUSED, 400)):
+            told = list(dict.fromkeys(text for found, text in answers if found == kind))
+            if told:
+                if verb == "load" and any(found in (OK, FAILED) for found, _ in answers):
+                    status = 500  # workers hold different weights
+                raise Refused(status, "; ".join(told))
+        return [value for _, value in answers]
+
+    def _transaction(self, number: int) -> wire.ReplicaBegin:
+        if self._open is None or self._open.transaction != number:
+            found = "none is" if self._open is None else f"transaction {self._open.transaction} is"
+            raise Refused(409, f"transaction {number} is not open: {found}; begin again")
+        return self._open
+
+    async def _staged(self, transaction: wire.ReplicaBegin, checksums: list[int]) -> None:
+        """Wait until every worker has all tensors, and has found them to be those that were sent."""
+        if transaction.begin.transport != "group":
+            await self.call("read", transaction.path, transaction.offset)
+        deadline = time.monotonic() + _STAGING_SECONDS
+        look = _SHORTEST_LOOK
+        while not all(await self.call("arrived", checksums)):
+            if time.monotonic() > deadline:
+                raise Refused(400, f"the tensors have not all arrived within {_STAGING_SECONDS:g} s")
+            await asyncio.sleep(look)
+            look = min(2 * look, _LONGEST_LOOK)
+
+    async def _switch(self, transaction: wire.ReplicaBegin) -> wire.CommitReply:
+        begin, stopped = transaction.begin, time.perf_counter()
+        try:
+            await asyncio.wait_for(self._engine.pause_generation(mode=begin.mode, clear_cache=True), _DRAIN_SECONDS)
+            if begin.mode == "wait":
+                stopped = time.perf_counter()  # until here, requests went on
+            try:
+                await self.call("load")
+                if not await self._engine.reset_prefix_cache():
+                    raise RuntimeError("vLLM could not reset its prefix cache")
+            except BaseException as error:
+                # Only a refusal comes before anything is touched.
+                if not isinstance(error, Refused) or error.status == 500:
+                    await self._lose(begin, str(error))
+                raise
+            if begin.reference:
+                self._why_no_reference = ""
+            else:
+                self.version, self.update, self.stale = begin.version, transaction.update, ""
+                self._generation.switched(begin.version)
+        except TimeoutError:
+            raise Refused(409, f"running requests have not ended within {_DRAIN_SECONDS:g} s") from None
+        finally:
+            await self._engine.resume_generation()
+        serves = begin.version if self.version is None else self.version
+        paused = time.perf_counter() - stopped
+        return wire.CommitReply(version=serves, paused_seconds=paused, update=transaction.update)
+
+    async def _lose(self, begin: wire.BeginMessage, why: str) -> None:
+        """Nobody knows what the engine holds: what it has begun with it is no completion of any version."""
+        if begin.reference:
+            self._why_no_reference = f"the last update of the reference failed ({why}); a whole one repairs it"
+            logger.error("no reference serves: %s", self._why_no_reference)
+        else:
+            self.version = None
+            self.stale = f"the last weight update failed ({why}); a whole update repairs it"
+            logger.error("no weights serve: %s", self.stale)
+        if not begin.reference or self._generation.mixes:
+            await async_engine.abort_all(self._engine)

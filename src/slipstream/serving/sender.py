@@ -1,0 +1,240 @@
+"""The trainer's side of weight updates: which way the weights go, and what is done when one is interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from slipstream.checks import one_of
+from slipstream.generation.engine import SyncReport
+from slipstream.serving import wire
+from slipstream.serving.connection import Connection, RefusedError, ServerError
+from slipstream.serving.devices import check_devices_apart, uuid_of
+from slipstream.serving.wire import TensorSpec
+from slipstream.weights.buckets import Packer, specs_of
+from slipstream.weights.layout import bytes_of
+from slipstream.weights.plan import WeightUpdateError
+from slipstream.weights.transports import group
+from slipstream.weights.transports.shared_memory import Mapping, NotSharedError, Writer
+
+BODY_BYTES = 32 << 20  # of one HTTP request
+STEP_SECONDS = 300.0  # that a step of an update may take
+CONFLICT, LOCKED = 409, 423  # statuses: the process group is not of all replicas; another update is under way
+TAKEOVER_SECONDS = 30.0  # to wait for it; the server gives up a silent one after 10
+JOIN_SECONDS = 60.0  # in which the workers must have come to a process group
+
+Tensors = Iterable[tuple[str, Tensor]]
+M = TypeVar("M", bound=msgspec.Struct)
+
+
+class Sender:
+    """Sends weights to one server, one update at a time.
+
+    Args:
+        connection: To the server.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._device: torch.device | None = None
+        self._transport = ""
+        self._chosen = False  # whether the transport was asked for, so that no other may take its place
+        self._dtype = ""
+        self._group: group.Group | None = None
+        self._mapped: dict[str, Mapping] = {}
+        self._lock = threading.Lock()
+
+    def connect(self, device: int | str | torch.device, transport: str | None) -> None:
+        """Decide how weights travel, and make the process group if they travel through one.
+
+        Args:
+            device: That the trainer computes on; a number is an accelerator's, where there is one.
+            transport: One of `wire.TRANSPORTS`. None: a process group between accelerators; else shared memory, and
+                HTTP where trainer and server do not share a machine.
+
+        Raises:
+            ConnectionError: the server was lost, or its workers did not join the process group.
+            ValueError: the transport cannot work, or trainer and server share an accelerator.
+        """
+        if transport is not None:
+            one_of("transport", transport, wire.TRANSPORTS)
+        if isinstance(device, int):
+            device = f"cuda:{device}" if torch.cuda.is_available() else "cpu"
+        with self._lock:
+            self._disconnect()
+            info = self._connection.get("/server_info", wire.ServerInfo)
+            self._device, self._dtype = torch.device(device), info.dtype
+            self._chosen = transport is not None
+            accelerators = self._device.type == info.platform == "cuda"
+            self._transport = transport or ("group" if accelerators else "shared_memory")
+            if self._transport == "group":
+                self._make_group(info)
+
+    def disconnect(self) -> None:
+        """Leave the process group, and let the server leave it."""
+        with self._lock:
+            self._disconnect()
+
+    def push(
+        self, version: int, tensors: Tensors, specs: Sequence[TensorSpec] | None, mode: str, reference: bool
+    ) -> SyncReport:
+        """Send `tensors` as one update; see `VLLMClient.update_weights`."""
+        begin = time.perf_counter()
+        if specs is None:
+            tensors = list(tensors)
+        if not self._transport:
+            first = tensors[0][1] if isinstance(tensors, list) and tensors else torch.empty(0)
+            self.connect(first.device, None)
+        with self._lock:
+            if specs is None:
+                specs = specs_of(list(tensors), self._dtype)
+            if self._transport == "group" and self._group is None:  # left when an update failed
+                self._make_group(self._connection.get("/server_info", wire.ServerInfo))
+            message = wire.BeginMessage(
+                version=version, tensors=list(specs), transport=self._transport, mode=mode, reference=reference
+            )
+            transaction, send = self._begin(message)
+            with self._aborting(transaction, version), _refused():
+                commit = wire.CommitMessage(transaction=transaction, checksums=send(tensors))
+                reply = self._connection.post("/weights/commit", commit, wire.CommitReply, timeout=2 * STEP_SECONDS)
+            nbytes, seconds = sum(map(bytes_of, specs)), time.perf_counter() - begin
+            return SyncReport(version, nbytes, len(specs), seconds, reply.paused_seconds, reply.update)
+
+    def close(self) -> None:
+        """Leave the process group, and forget the server's memory. The server is not told; it may be gone."""
+        self._leave()
+        self._mapped.clear()
+
+    def _begin(self, message: wire.BeginMessage) -> tuple[int, Callable[[Tensors], list[int]]]:
+        """Open a transaction. Returns its number, and what sends its tensors and returns their checksums."""
+        specs = message.tensors
+        try:
+            with _refused():
+                reply = self._ask_in_turn("/weights/begin", message, wire.BeginReply)
+        except ServerError as error:
+            if message.transport != "group" or error.status != CONFLICT:
+                raise
+            self._disconnect()  # a replica ended, or came up, after the group was made
+            self._make_group(self._connection.get("/server_info", wire.ServerInfo))
+            with _refused():
+                reply = self._ask_in_turn("/weights/begin", message, wire.BeginReply)
+        if message.transport == "group":
+            return reply.transaction, lambda tensors: group.send(self._joined(), specs, tensors)
+        if message.transport == "body":
+            return reply.transaction, lambda tensors: self._send_body(reply.transaction, specs, tensors)
+        try:
+            with self._aborting(reply.transaction, message.version):
+                return reply.transaction, self._writer(reply, specs).write
+        except NotSharedError as error:
+            if self._chosen:
+                raise WeightUpdateError(
+                    f"transport='shared_memory' needs trainer and server on one machine and of one user: {error}. "
+                    "Use 'body', or None to let the client choose."
+                ) from error
+        self._transport = message.transport = "body"
+        return self._begin(message)
+
+    def _ask_in_turn(self, path: str, message: msgspec.Struct, kind: type[M]) -> M:
+        """POST a message. An update that a trainer left behind when it died stands in the way for some seconds."""
+        deadline = time.monotonic() + TAKEOVER_SECONDS
+        while True:
+            try:
+                return self._connection.post(path, message, kind, timeout=STEP_SECONDS)
+            except ServerError as error:
+                if error.status != LOCKED or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.5)  # between two questions to another process
+
+    def _writer(self, reply: wire.BeginReply, specs: Sequence[TensorSpec]) -> Writer:
+        # The policy and the reference have a file each. A server that was started again has new ones.
+        self._mapped = {path: mapping for path, mapping in self._mapped.items() if os.path.exists(path)}
+        writer = Writer(reply.path, reply.nonce, reply.offset, specs, self._mapped.get(reply.path))
+        self._mapped[reply.path] = writer.mapped
+        return writer
+
+    def _send_body(self, transaction: int, specs: Sequence[TensorSpec], tensors: Tensors) -> list[int]:
+        memory = torch.empty(BODY_BYTES, dtype=torch.uint8)
+        packer = Packer(specs, tensors, BODY_BYTES, lambda index: memory)
+        for index, bucket in enumerate(packer):
+            path = f"/weights/body?transaction={transaction}&offset={index * BODY_BYTES}"
+            self._connection.call("PUT", path, content=bucket.numpy().tobytes(), timeout=STEP_SECONDS)
+        return packer.totals()
+
+    @contextlib.contextmanager
+    def _aborting(self, transaction: int, version: int) -> Iterator[None]:
+        """End the update if a step of it fails; the error says so, and what serves now."""
+        try:
+            yield
+        except BaseException as error:
+            what, state = f"the update to version {version} failed", self._give_up(transaction)
+            if isinstance(error, ConnectionError | TimeoutError | group.GroupError):
+                raise ConnectionError(f"{what}: {error}. {state}") from error
+            if isinstance(error, ServerError):
+                raise type(error)(error.status, f"{what}: {error}. {state}") from error
+            if isinstance(error, WeightUpdateError):
+                raise type(error)(f"{error}. {state}") from error
+            error.add_note(f"{what}. {state}")
+            raise
+
+    def _give_up(self, transaction: int) -> str:
+        """Abort an update; says what serves now."""
+        try:
+            if self._transport == "group":
+                self._disconnect()  # nobody knows how far the others are; it ends the update, too
+            else:
+                self._connection.call("POST", "/weights/abort", wire.AbortMessage(transaction=transaction))
+            info = self._connection.get("/server_info", wire.ServerInfo)
+        except (OSError, ServerError) as error:
+            return f"The server cannot be asked what it serves now ({error})"
+        return f"The server serves version {info.version} now."
+
+    def _make_group(self, info: wire.ServerInfo) -> None:
+        assert self._device is not None
+        nccl = self._device.type == info.platform == "cuda"
+        if not nccl and info.platform != "cpu":
+            raise ValueError(
+                f"transport='group' cannot connect a trainer on {self._device.type} with a server on {info.platform}; "
+                "use 'shared_memory' or 'body'"
+            )
+        backend, devices = ("nccl", [uuid_of(self._device)]) if nccl else ("gloo", [])
+        check_devices_apart(devices, [uuid for replica in info.replicas for uuid in replica.devices])
+        message = wire.CommunicatorMessage(backend=backend, devices=devices, timeout=STEP_SECONDS)
+        reply = self._ask_in_turn("/communicator", message, wire.CommunicatorReply)
+        store = group.HttpStore(self._connection.url, self._connection.key or "", reply.group, JOIN_SECONDS)
+        device = self._device if nccl else torch.device("cpu")
+        try:
+            self._group = group.join(backend, store, 0, reply.world_size, STEP_SECONDS, device)
+        except group.GroupError as error:
+            self._connection.call("DELETE", "/communicator")
+            raise ConnectionError(f"{self._connection.url}: {error}") from error
+
+    def _joined(self) -> group.Group:
+        assert self._group is not None
+        return self._group
+
+    def _leave(self) -> None:
+        joined, self._group = self._group, None
+        if joined is not None:
+            group.leave(joined)
+
+    def _disconnect(self) -> None:
+        if self._group is not None:
+            self._leave()  # first: workers that wait for this rank are told by its connections
+            self._connection.call("DELETE", "/communicator", timeout=STEP_SECONDS)
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """What the server refuses is a refused update."""
+    try:
+        yield
+    except RefusedError as error:
+        raise WeightUpdateError(str(error)) from error

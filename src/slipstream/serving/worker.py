@@ -1,0 +1,209 @@
+"""What runs in each of a replica's workers: receiving new weights beside generation, and loading them.
+
+vLLM mixes `Extension` into its worker class (`worker_extension_cls`). Everything that goes through `collective_rpc` is
+plain data, so that it may cross process boundaries; errors come back as data, too, to be told apart.
+
+Importing this module binds the life of the process to that of its parent: workers import it, trainers do not.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from slipstream.lifetime import die_with_parent
+from slipstream.serving.wire import TensorSpec
+from slipstream.vllm_compat import mixture, on_cpu
+from slipstream.vllm_compat import model as engine_model
+from slipstream.vllm_compat.process import uncompile_sampler
+from slipstream.weights.plan import Plan, WeightUpdateError, some
+from slipstream.weights.transports import group, in_place, shared_memory
+from slipstream.weights.verify import checksum
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+OK, REFUSED, FAILED, ERROR = "ok", "refused", "failed", "error"
+"""What becomes of a call: done; refused, the old weights serve; loading failed half way; anything else went wrong."""
+
+PLAIN_SPEC = tuple[str, str, Sequence[int]]
+"""A `TensorSpec` as plain data."""
+
+die_with_parent()
+mixture.install()  # vLLM imports this module before it makes the model
+if on_cpu():
+    uncompile_sampler()
+
+
+class Extension:
+    """The method that vLLM's worker gets."""
+
+    def slipstream(self, verb: str, *arguments: Any) -> tuple[str, Any]:
+        """Call a method of this worker's `Receiver`; returns (what became of it, result or message)."""
+        receiver = self.__dict__.setdefault("_slipstream_receiver", None) or Receiver(self)
+        self.__dict__["_slipstream_receiver"] = receiver
+        try:
+            return OK, getattr(receiver, verb)(*arguments)
+        except in_place.LoadFailedError as error:
+            return FAILED, str(error)
+        except (WeightUpdateError, NotImplementedError) as error:
+            return REFUSED, str(error)
+        except Exception as error:
+            logger.exception("%s failed", verb)
+            return ERROR, f"{type(error).__name__}: {error}"
+
+
+class Receiver:
+    """One worker's side of weight updates: one at a time, and a process group that lasts over many.
+
+    Args:
+        worker: vLLM's worker.
+    """
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._part = mixture.POLICY
+        self._plans: dict[str, Plan] = {}
+        self._new_plans: set[str] = set()  # parts whose plan no update has used
+        self._specs: list[TensorSpec] = []
+        self._arriving: Future[Arrived] | None = None
+        self._through_group = False
+        self._group: Future[Any] | None = None
+
+    def device(self) -> str:
+        """UUID of the accelerator; empty on a CPU."""
+        device = self._worker.device
+        return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+    def set_mixture(self, share: float) -> None:
+        """Sample with this share of the reference from now on."""
+        mixture.set_mixture(self._worker, share)
+
+    def begin(self, specs: Sequence[PLAIN_SPEC], part: str) -> None:
+        """Check that tensors of these names and shapes make a whole update of the policy or of the reference.
+
+        Raises:
+            WeightUpdateError: they do not.
+        """
+        self.abort()
+        engine_model.check_updatable(self._worker)
+        self._specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in specs]
+        blanks = [(s.name, torch.empty(s.shape, dtype=getattr(torch, s.dtype), device="meta")) for s in self._specs]
+        known = self._plans.get(part)
+        plan = in_place.plan_for(self._worker, blanks, known, part)
+        if plan is not known:
+            self._new_plans.add(part)
+        self._part, self._plans[part] = part, plan
+
+    def receive(self) -> None:
+        """Begin to receive the announced tensors through the process group."""
+        if self._group is None:
+            raise WeightUpdateError("there is no process group; make one with POST /communicator")
+        joined, specs = self._group, self._specs
+
+        def receive() -> Arrived:
+            members = joined.result()
+            return Arrived(group.receive(members, specs, members.device))
+
+        self._arriving, self._through_group = in_background("receive", receive), True
+
+    def read(self, path: str, offset: int) -> None:
+        """Begin to read the announced tensors from shared memory, where they are complete."""
+        specs = self._specs
+        self._arriving = in_background("read", lambda: Arrived(shared_memory.read(path, offset, specs)))
+        self._through_group = False
+
+    def arrived(self, checksums: Sequence[int]) -> bool:
+        """Whether all tensors are here, and are those that were sent.
+
+        Raises:
+            WeightUpdateError: they are not, or receiving them failed.
+        """
+        if self._arriving is None:
+            raise WeightUpdateError("no weight update is under way")
+        if not self._arriving.done():
+            return False
+        if error := self._arriving.exception():
+            raise WeightUpdateError(f"weight update refused: receiving failed: {error}") from error
+        here = self._arriving.result()
+        if len(checksums) != len(here.checksums):
+            raise WeightUpdateError(
+                f"weight update refused: {len(checksums)} checksums for {len(here.checksums)} tensors"
+            )
+        wrong = [
+            name
+            for (name, _), ours, theirs in zip(here.tensors, here.checksums, checksums, strict=True)
+            if ours != theirs
+        ]
+        if wrong:
+            raise WeightUpdateError(
+                f"weight update refused, the engine is unchanged: what arrived differs from what was sent (checksum): "
+                f"{some(wrong)}"
+            )
+        return True
+
+    def load(self) -> None:
+        """Replace the weights by what arrived."""
+        assert self._arriving is not None
+        tensors = self._arriving.result().tensors
+        part = self._part
+        in_place.update(self._worker, tensors, self._plans[part], part, first=part in self._new_plans)
+        self._new_plans.discard(part)
+        self.abort()
+
+    def abort(self) -> None:
+        """Drop what has arrived, and leave a process group in which something is still to come or has failed."""
+        arriving, self._arriving = self._arriving, None
+        if arriving is not None and self._through_group and (not arriving.done() or arriving.exception() is not None):
+            self.leave()
+
+    def join(
+        self, backend: str, url: str, api_key: str, prefix: str, first_rank: int, world_size: int, timeout: float
+    ) -> None:
+        """Begin to join a process group, in which the trainer is rank 0 and this worker `first_rank` plus its own."""
+        self.leave()
+        rank = first_rank + self._worker.rank
+        device = self._worker.device if backend == "nccl" else torch.device("cpu")
+
+        def join() -> Any:
+            store = group.HttpStore(url, api_key, prefix, timeout)
+            return group.join(backend, store, rank, world_size, timeout, device)
+
+        self._group = in_background("join", join)
+
+    def leave(self) -> None:
+        """Leave the process group. An update that it brings fails."""
+        joined, self._group = self._group, None
+        if joined is None:
+            return
+        joined.add_done_callback(lambda made: None if made.exception() else group.leave(made.result()))
+
+
+class Arrived:
+    """Tensors of an update that are complete, and their checksums."""
+
+    def __init__(self, tensors: list[tuple[str, Tensor]]) -> None:
+        self.tensors = tensors
+        # Read once: on an accelerator each reading waits for the device.
+        self.checksums: list[int] = torch.stack([checksum(t) for _, t in tensors]).tolist() if tensors else []
+
+
+def in_background(name: str, work: Callable[[], T]) -> Future[T]:
+    """Run `work` in a thread of its own, which does not keep the process alive."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # noqa: BLE001
+            logger.warning("%s failed: %s: %s", name, type(error).__name__, error)
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=f"slipstream-{name}", daemon=True).start()
+    return future

@@ -1,0 +1,107 @@
+"""Tensors as the bytes of their layout: cast, checksummed, cut into buckets on one side, read in place on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from slipstream.serving.wire import TensorSpec
+from slipstream.weights.layout import bytes_of, layout
+from slipstream.weights.verify import checksum
+
+
+def specs_of(tensors: Iterable[tuple[str, Tensor]], dtype: str) -> list[TensorSpec]:
+    """What is sent for `tensors` to an engine that computes in `dtype`.
+
+    Types of 16 bits travel as they are; wider ones are cast to `dtype`, which the engine would do otherwise.
+    """
+    narrow = (torch.bfloat16, torch.float16)
+    return [
+        TensorSpec(name, str(t.dtype).removeprefix("torch.") if t.dtype in narrow else dtype, tuple(t.shape))
+        for name, t in tensors
+    ]
+
+
+def matched(specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[TensorSpec, Tensor]]:
+    """Each spec with its tensor.
+
+    Raises:
+        ValueError: the tensors are not those of the specs, in their order.
+    """
+    sent = 0
+    for index, (name, tensor) in enumerate(tensors):
+        if index == len(specs):
+            raise ValueError(f"tensor {name!r} comes after the last of the {len(specs)} that were announced")
+        spec = specs[index]
+        if (name, tuple(tensor.shape)) != (spec.name, tuple(spec.shape)):
+            raise ValueError(
+                f"tensor {index} is {name!r} of shape {tuple(tensor.shape)}, but {spec.name!r} of shape "
+                f"{tuple(spec.shape)} was announced in its place"
+            )
+        sent += 1
+        yield spec, tensor.detach()
+    if sent < len(specs):
+        raise ValueError(f"{sent} tensors came of the {len(specs)} that were announced; {specs[sent].name!r} is next")
+
+
+def views(memory: Tensor, specs: Sequence[TensorSpec]) -> list[tuple[str, Tensor]]:
+    """The tensors that lie in `memory`, a uint8 vector that begins with the layout of `specs`; nothing is copied."""
+    return [
+        (spec.name, memory[at : at + bytes_of(spec)].view(getattr(torch, spec.dtype)).view(spec.shape))
+        for spec, at in zip(specs, layout(specs)[0], strict=True)
+    ]
+
+
+class Packer:
+    """Cuts tensors into the buckets of their layout: all `size` bytes long but the last.
+
+    Args:
+        specs: What was announced.
+        tensors: Their values, in the same order, on any device.
+        size: Bytes of a bucket: a multiple of the layout's alignment.
+        take: Called with a bucket's index; returns the uint8 vector of at least `size` bytes that it is written to.
+            Casts and checksums happen on that vector's device.
+
+    Attributes:
+        checksums: Of the tensors packed so far, as int64 scalars.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        tensors: Iterable[tuple[str, Tensor]],
+        size: int,
+        take: Callable[[int], Tensor],
+    ) -> None:
+        self.checksums: list[Tensor] = []
+        self._specs, self._tensors, self._size, self._take = specs, tensors, size, take
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield each bucket when it is full. It may be overwritten once `take` gives its memory out again."""
+        offsets, total = layout(self._specs)
+        size, index = self._size, -1
+        bucket: Tensor | None = None
+        for (spec, tensor), offset in zip(matched(self._specs, self._tensors), offsets, strict=True):
+            if bucket is None:
+                memory = self._take(0) if total else torch.empty(0, dtype=torch.uint8)
+                bucket, index = memory[: min(size, total)], 0
+            data = tensor.to(device=bucket.device, dtype=getattr(torch, spec.dtype)).contiguous()
+            self.checksums.append(checksum(data))
+            source, at = data.reshape(-1).view(torch.uint8), 0
+            while at < len(source):
+                if (offset + at) // size > index:
+                    yield bucket
+                    index += 1
+                    bucket = self._take(index)[: min(size, total - index * size)]
+                begin = (offset + at) % size
+                part = source[at : at + size - begin]
+                bucket[begin : begin + len(part)].copy_(part)
+                at += len(part)
+        if bucket is not None and total:
+            yield bucket
+
+    def totals(self) -> list[int]:
+        """The checksums, read from the device at once."""
+        return torch.stack(self.checksums).tolist() if self.checksums else []

@@ -1,0 +1,177 @@
+"""A replica's engine in this process, in its thread: what becomes of everybody when an update or the engine fails."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.distributed as dist
+from integration import engines
+from replica_client import ENGINE, OFFSET, completions, prompt, shared_file
+
+from slipstream.serving import replica, wire
+from slipstream.weights.buckets import specs_of
+from slipstream.weights.export import named_tensors
+from slipstream.weights.transports.shared_memory import Writer
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+
+PROMPTS = engines.prompts(2, 20)
+LONG = wire.SamplingMessage(max_tokens=200, extra={"ignore_eos": True})
+
+
+class Parts:
+    """A replica's parts, without its socket."""
+
+    def __init__(self, model):
+        from slipstream.serving.replica_app import Replica
+
+        self.engine = replica.start_engine({"model": str(model)} | ENGINE, reference=True)
+        routes = Replica(self.engine, reference=True)
+        self.generation, self.weights, self.turns = routes._generation, routes._weights, routes._turns
+
+    async def generate(self, sampling, *prompts):
+        message = wire.GenerateMessage(prompts=list(prompts), sampling=sampling)
+        mixture = prompts[0].mixture
+        reader, frames = wire.FrameReader(), []
+        with await self.turns.enter(mixture) as turn:
+            begun = await self.generation.begin(message, self.weights.serving(None, mixture))
+            async for piece in self.generation.stream(*begun, turn):
+                frames += reader.feed(piece)
+        reader.finish()
+        return completions(message, frames)
+
+    async def push(self, version, model, reference=False):
+        tensors = list(named_tensors(model))
+        specs = specs_of(tensors, "float32")
+        with shared_file(specs) as (path, nonce):
+            begin = wire.BeginMessage(version=version, tensors=specs, reference=reference)
+            order = wire.ReplicaBegin(transaction=version, update="an update", begin=begin, path=path, offset=OFFSET)
+            await self.weights.begin(order)
+            with Writer(path, nonce, OFFSET, specs) as writer:
+                checksums = writer.write(tensors)
+            return await self.weights.commit(wire.CommitMessage(transaction=version, checksums=checksums))
+
+    async def sampling(self):
+        """Wait until something is sampled."""
+        from slipstream.vllm_compat.async_engine import tokens_so_far
+
+        async with asyncio.timeout(30):
+            while not any(tokens_so_far(self.engine).values()):
+                await asyncio.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model):
+    started = Parts(tiny_model)
+    yield started
+    started.engine.shutdown()
+    assert not dist.is_initialized()  # nothing of the engine is left in this process
+
+
+def test_failures_in_the_order_of_their_severity(parts, tiny_model, monkeypatch):
+    async def all_of_them():
+        await a_load_that_fails_half_way()
+        await a_load_of_the_reference_that_fails_half_way()
+        await the_engine_dies()
+
+    async def failing_push(model, reference=False):
+        from slipstream.serving.replica_weights import Refused
+        from slipstream.vllm_compat import model as engine_model
+
+        load_weights = engine_model.load_weights
+
+        def half(worker, tensors):
+            load_weights(worker, tensors)
+            raise RuntimeError("the device is gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_model, "load_weights", half)
+            with pytest.raises(
+                Refused, match="loading had begun when the weight update failed: the device is gone"
+            ) as e:
+                await parts.push(1, model, reference)
+        assert e.value.status == 500
+
+    async def a_load_that_fails_half_way():
+        model = engines.step(engines.policy(tiny_model), seed=1)
+        running = asyncio.create_task(parts.generate(LONG, prompt(PROMPTS[0], n=4)))
+        await parts.sampling()
+        await failing_push(model)
+        with pytest.raises(wire.StreamError, match="ended a completion of prompt 0 by 'abort'") as lost:
+            await running
+        assert lost.value.status == 503
+        assert parts.weights.version is None
+        assert "a whole update repairs it" in parts.weights.stale
+        assert not await parts.engine.is_paused()
+        await parts.push(2, model)
+        assert (parts.weights.version, parts.weights.stale) == (2, "")
+        greedy = wire.SamplingMessage(max_tokens=16, temperature=0)
+        [[completion]] = await parts.generate(greedy, prompt(PROMPTS[0]))
+        assert completion.ids == engines.greedy(model, PROMPTS[0], 16, (1,))
+        assert completion.weight_version == 2
+
+    async def a_load_of_the_reference_that_fails_half_way():
+        from slipstream.serving.replica_weights import Refused
+
+        policy, reference = (engines.step(engines.policy(tiny_model), seed=seed, scale=0.1) for seed in (2, 3))
+        await parts.push(3, policy)
+        await parts.push(0, reference, reference=True)
+        running = asyncio.create_task(parts.generate(LONG, prompt(PROMPTS[0], n=4, mixture=0.5)))
+        await parts.sampling()
+        await failing_push(reference, reference=True)
+        with pytest.raises(wire.StreamError, match="ended a completion of prompt 0 by 'abort'"):
+            await running
+        with pytest.raises(Refused, match=r"mixture=0\.5: the last update of the reference failed .* a whole one") as e:
+            await parts.generate(LONG, prompt(PROMPTS[0], mixture=0.5))
+        assert e.value.status == 409
+        assert parts.weights.version == 3
+        running = asyncio.create_task(parts.generate(LONG, prompt(PROMPTS[0], seed=1)))
+        await parts.sampling()
+        await failing_push(reference, reference=True)
+        [[completion]] = await running  # the policy alone goes on
+        errors = engines.logprobs(policy, PROMPTS[0], completion.ids) - torch.tensor(completion.logprobs)
+        assert (len(completion.ids), errors.abs().max() < 1e-4) == (200, True)
+        await parts.push(0, reference, reference=True)
+        [[completion]] = await parts.generate(LONG, prompt(PROMPTS[0], mixture=0.5))
+        assert engines.mixture_errors([policy, reference], PROMPTS[0], completion, 0.5).max() < 1e-4
+
+    async def the_engine_dies():
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        core = parts.engine.engine_core._core
+        waiting = [asyncio.create_task(parts.generate(LONG, prompt(p, n=4))) for p in PROMPTS]
+        await parts.sampling()
+        paused = asyncio.create_task(parts.engine.pause_generation(mode="wait"))
+
+        def step():
+            raise MemoryError("no memory for a step")
+
+        monkeypatch.setattr(core, "step_fn", step)
+        async with asyncio.timeout(10):
+            for task in waiting:
+                with pytest.raises(wire.StreamError, match="the engine failed: EngineDeadError"):
+                    await task
+            for call in (
+                paused,
+                parts.engine.collective_rpc("slipstream", args=("device",)),
+                parts.engine.pause_generation(),
+            ):
+                with pytest.raises(EngineDeadError):
+                    await call
+            with pytest.raises(EngineDeadError):
+                await parts.generate(LONG, prompt(PROMPTS[0]))
+        assert parts.engine.errored
+
+    asyncio.run(all_of_them())
+
+
+def test_an_engine_that_cannot_start_says_why(tiny_model):
+    with pytest.raises(ValueError, match=r"(?s)max_model_len"):
+        replica.start_engine({"model": str(tiny_model), "dtype": "float32", "max_model_len": 100_000})
+    with pytest.raises(ValueError, match=r"engine options: there is no option 'max_model_length'\. Did you mean"):
+        replica.start_engine({"model": str(tiny_model), "max_model_length": 100})
+    with pytest.raises(ValueError, match="the server's own class takes this place"):
+        replica.start_engine({"model": str(tiny_model), "worker_extension_cls": "builtins.object"})

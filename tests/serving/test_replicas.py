@@ -1,0 +1,196 @@
+"""A server with two replicas: work is spread over them, and the death of one, or of both, costs nobody a completion."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import calls
+import httpx
+import psutil
+import pytest
+import servers
+from calls import LONG, call, generate, request
+from serving.conftest import IDLE_SECONDS
+
+from slipstream.serving import wire
+from slipstream.serving.client import VLLMClient
+
+PROMPTS = [[10 + i, 20, 30, 40] for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def server(own_server):
+    wait_until_ready(own_server)
+    yield own_server
+    own_server.stop()
+
+
+def states(server):
+    return [replica.state for replica in calls.info(server).replicas]
+
+
+def wait_until_ready(server):
+    servers.until(lambda: states(server) == ["ready", "ready"], 90, server)
+
+
+def kill(server, *indexes):
+    processes = [server.replica(index) for index in indexes]
+    for process in processes:
+        process.kill()
+    return processes
+
+
+def stream(server, message, after, act):
+    """The completions of a call, with `act` done when `after` of them have come."""
+    headers = {**server.headers, "content-type": wire.MSGPACK}
+    reader, found = wire.FrameReader(), {}
+    with httpx.stream(
+        "POST", f"{server.url}/generate", content=wire.encode(message), headers=headers, timeout=120
+    ) as answer:
+        assert answer.status_code == 200
+        for data in answer.iter_raw():
+            for frame in reader.feed(data):
+                assert (frame.prompt, frame.sample) not in found
+                found[frame.prompt, frame.sample] = frame.completion
+            if act is not None and len(found) >= after:
+                act()
+                act = None
+    reader.finish()
+    assert act is None
+    return found
+
+
+def ids_of(found):
+    return {key: completion.ids for key, completion in found.items()}
+
+
+def ragged(server):
+    """A call whose completions end at different times."""
+    return request(PROMPTS, n=32, seed=11, max_tokens=250, version=calls.info(server).version)
+
+
+def test_the_server_says_how_many_workers_it_starts(server):
+    assert "starting 2 workers (tensor-parallel 1 x data-parallel 2)" in server.output()
+    assert len(server.replicas()) == 2
+
+
+def test_prompts_are_spread_and_groups_stay_together(server):
+    headers = {**server.headers, "content-type": wire.MSGPACK}
+    content = wire.encode(request(PROMPTS[:6], n=30, max_tokens=250, extra=LONG))
+    with httpx.stream("POST", f"{server.url}/generate", content=content, headers=headers) as answer:
+        assert [replica.running for replica in calls.info(server).replicas] == [90, 90]
+        # One more goes to whichever has less to do.
+        with httpx.stream(
+            "POST", f"{server.url}/generate", content=wire.encode(request(PROMPTS[:1], n=4, max_tokens=99)),
+            headers=headers,
+        ) as other:  # fmt: skip
+            assert sorted(replica.running for replica in calls.info(server).replicas) == [90, 94]
+            calls.frames_of(b"".join(other.iter_raw()))
+        frames = calls.frames_of(b"".join(answer.iter_raw()))
+    assert {(frame.prompt, frame.sample) for frame in frames} == {(p, s) for p in range(6) for s in range(30)}
+    assert [replica.running for replica in calls.info(server).replicas] == [0, 0]
+
+
+def test_an_error_names_the_callers_prompt(server):
+    message = request([*PROMPTS[:3], [126, 200]], max_tokens=4)
+    answer = call(server, "POST", "/generate", message)
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("prompt 3 has the token id 200")
+
+
+def test_weights_reach_both(server, tiny_model):
+    model, tensors = calls.weights(tiny_model, 1)
+    assert calls.push(server, 3, tensors).version == 3
+    assert [replica.version for replica in calls.info(server).replicas] == [3, 3]
+    found = generate(server, request(PROMPTS, temperature=0.0, version=3, extra=LONG))
+    for (prompt, _), completion in found.items():
+        assert completion.ids == calls.greedy(model, PROMPTS[prompt], 16)
+
+
+def test_a_replica_that_dies_costs_no_completion_and_no_update(server, tiny_model):
+    expected = generate(server, ragged(server))
+    model, tensors = calls.weights(tiny_model, 2)
+    reply = calls.begin(server, 4, tensors)
+    sums = calls.write(reply, tensors)
+    found = stream(server, ragged(server), 1, lambda: kill(server, 1))
+    assert ids_of(found) == ids_of(expected)
+    assert "completions are asked for again" in server.output()
+    # Replica 1 starts again, without what was staged; the other takes the update.
+    assert states(server) == ["ready", "starting"]
+    done = calls.commit(server, reply.transaction, sums)
+    assert done.version == 4
+    assert len(generate(server, request(PROMPTS, version=4))) == 8
+    with VLLMClient(base_url=server.url, api_key=server.key) as client:
+        client.init_communicator("cpu", "group")  # replica 1 is not in this group
+        wait_until_ready(server)
+        assert [replica.version for replica in calls.info(server).replicas] == [4, 4]
+        message = request(PROMPTS, temperature=0.0, version=4, extra=LONG)
+        message.update = done.update  # given to the one that had missed it, it is the same update
+        found = generate(server, message)
+        assert [found[p, 0].ids for p in range(8)] == [calls.greedy(model, prompt, 16) for prompt in PROMPTS]
+        client.update_weights(5, tensors)
+        assert [replica.version for replica in calls.info(server).replicas] == [5, 5]
+        client.close_communicator()
+    calls.push(server, 4, tensors)
+
+
+def test_when_all_replicas_die_the_call_goes_on_later(server):
+    expected = generate(server, ragged(server))
+    model = httpx.get(f"{server.url}/v1/models", headers=server.headers).json()["data"][0]["id"]
+    asked = {"stream": True, "model": model, "prompt": PROMPTS[0], "n": 64, "max_tokens": 250, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=asked, headers=server.headers, timeout=60) as answer:
+        found = stream(server, ragged(server), 1, lambda: kill(server, 0, 1))
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(answer.iter_raw())
+    assert ids_of(found) == ids_of(expected)
+    assert {completion.weight_version for completion in found.values()} == {4}
+    wait_until_ready(server)
+    assert "an answer to an OpenAI client is cut off" in server.output()
+    assert "Traceback" not in server.output()
+
+
+def test_a_stuck_replica_is_ended_and_an_idle_transaction_is_dropped(server, tiny_model):
+    _, tensors = calls.weights(tiny_model, 3)
+    reply = calls.begin(server, 7, tensors)
+    sums = calls.write(reply, tensors)
+    stuck = server.replica(0)
+    stuck.suspend()
+    began = time.monotonic()
+    assert calls.commit(server, reply.transaction, sums).version == 7
+    assert time.monotonic() - began < IDLE_SECONDS + 5
+    assert states(server) == ["starting", "ready"]
+    stuck.wait(10)
+    # What begins now takes the place of version 7 in shared memory: there is nothing to give to the replica.
+    reply = calls.begin(server, 8, tensors)
+    assert calls.info(server).transaction == reply.transaction
+    servers.until(lambda: calls.info(server).transaction is None, IDLE_SECONDS + 8, server)
+    assert f"transaction {reply.transaction} is dropped: silent for" in server.output()
+    servers.until(lambda: states(server) == ["stale", "ready"], 60, server)
+    info = calls.info(server)
+    assert info.version == 7
+    assert info.replicas[0].detail == "it has not got version 7 of the policy's weights"
+    assert len(generate(server, request(PROMPTS, version=7))) == 8
+    _, tensors = calls.weights(tiny_model, 4)
+    assert calls.push(server, 9, tensors).version == 9
+    assert states(server) == ["ready", "ready"]
+
+
+def test_quick_deaths_end_a_replica_and_then_the_server_says_why(server):
+    for index, left in ((0, ["dead", "ready"]), (1, ["dead", "dead"])):
+        deadline = time.monotonic() + 60
+        while calls.info(server).replicas[index].state != "dead":
+            assert time.monotonic() < deadline
+            with contextlib.suppress(ValueError, psutil.NoSuchProcess):  # between two lives
+                process = server.replica(index)
+                process.kill()
+                process.wait(10)
+        assert states(server) == left
+        if index == 0:
+            assert len(generate(server, request(PROMPTS))) == 8
+    answer = call(server, "POST", "/generate", request(PROMPTS))
+    assert answer.status_code == 503
+    assert "replica 0 is dead: " in answer.json()["detail"]
+    assert "its last lines:" in answer.json()["detail"]
+    health = httpx.get(f"{server.url}/health")
+    assert (health.status_code, health.json()) == (503, {"detail": "no replica serves; see the server's log"})

@@ -1,0 +1,88 @@
+"""How a server's replicas are supervised, without an engine: what answers on the socket is this process."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
+
+from slipstream.serving import replicas, wire
+from slipstream.serving.settings import Settings
+from slipstream.serving.streaming import StreamedResponse
+
+REPORT = wire.ReplicaReport(
+    state="ready", version=2, running=0, devices=[], ranks=1, max_model_len=9, dtype="float32", vllm="0", platform="cpu"
+)
+
+
+async def info(request):
+    return Response(wire.encode(REPORT), media_type=wire.MSGPACK)
+
+
+def test_a_replica_that_broke_a_connection_serves_once_it_has_what_it_missed(monkeypatch):
+    """An update that came while it was doubted went to the others alone."""
+    monkeypatch.setattr(replicas, "WATCH_SECONDS", 0.05)
+    asked = []
+
+    async def bring_up(replica):
+        asked.append(replica.state)
+        replica.missed = "it has not got version 3 of the policy's weights"
+
+    async def run():
+        found = replicas.Replicas(Settings(model="m"), bring_up, None, None)
+        [replica] = found.all
+        routes = uvicorn.Config(Starlette(routes=[Route("/info", info)]), uds=str(replica.socket), log_level="warning")
+        server = uvicorn.Server(routes)
+        serving = asyncio.create_task(server.serve())
+        replica.process = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
+        replica._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(replica.socket)))
+        async with asyncio.timeout(20):
+            while not server.started:
+                await asyncio.sleep(0.01)
+            await replica.refresh(5)
+            replica.missed = ""
+            assert replica.state == "ready"
+            found.suspect(replica, replica.incarnation)
+            assert replica.state == "starting"
+            watching = asyncio.create_task(found._watch(replica))
+            while replica.state == "starting":
+                await asyncio.sleep(0.01)
+        assert replica.state == "stale"
+        assert asked == ["starting"]
+        watching.cancel()
+        server.should_exit = True
+        await serving
+        await found.stop()
+
+    asyncio.run(run())
+
+
+def test_a_client_that_takes_no_more_is_given_up():
+    taken, ended = [], []
+
+    async def pieces():
+        try:
+            while True:
+                yield b"x"
+        finally:
+            ended.append("pieces")
+
+    async def for_ever():
+        await asyncio.Event().wait()
+
+    async def send(event):
+        if len(taken) == 3:
+            await for_ever()
+        taken.append(event)
+
+    async def run():
+        async with asyncio.timeout(5):
+            await StreamedResponse(pieces(), {}, patience=0.1)({}, for_ever, send)
+
+    asyncio.run(run())
+    assert [event.get("body") for event in taken] == [None, b"x", b"x"]
+    assert ended == ["pieces"]

@@ -1,0 +1,293 @@
+"""Weights through shared memory and through process groups of real processes: every byte arrives, or an error comes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving.stores import KEY, store_server
+
+from slipstream.serving.wire import TensorSpec
+from slipstream.weights.buckets import Packer, specs_of, views
+from slipstream.weights.layout import layout
+from slipstream.weights.transports import group, shared_memory
+from slipstream.weights.verify import checksum
+
+NONCE, OFFSET = bytes(range(32)), 64
+BUCKET = 1024  # in these tests
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def example(seed: int = 0, sizes: tuple[int, ...] = ()) -> list[tuple[str, torch.Tensor]]:
+    """Tensors of all kinds: matrices, vectors, a scalar, an empty one, strided ones; then vectors of `sizes`."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(7, 33), (64,), (), (0, 5), (3, 4, 5), *((size,) for size in sizes)]
+    tensors = [(f"t{i}", torch.randn(shape, generator=generator)) for i, shape in enumerate(shapes)]
+    return [*tensors, ("strided", torch.randn(16, 24, generator=generator).t())]
+
+
+def specs(tensors, dtype: str) -> list[TensorSpec]:
+    return [TensorSpec(name, dtype, tuple(tensor.shape)) for name, tensor in tensors]
+
+
+def assert_arrived(got, tensors, announced, sums) -> None:
+    """What arrived is what was sent, cast; its checksums are the sender's."""
+    assert [name for name, _ in got] == [name for name, _ in tensors]
+    for (name, value), (_, sent), spec in zip(got, tensors, announced, strict=True):
+        assert value.dtype == getattr(torch, spec.dtype), name
+        assert torch.equal(value, sent.to(value.dtype)), name
+    assert [int(checksum(value)) for _, value in got] == sums
+
+
+# Shared memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared_file(tmp_path):
+    """Makes a server's file for `specs`; it is in /dev/shm, as a server's is."""
+    paths = []
+
+    def make(announced, nonce: bytes = NONCE) -> str:
+        path = f"/dev/shm/slipstream-test-{os.getpid()}-{len(paths)}"
+        paths.append(path)
+        with open(path, "wb") as file:
+            file.write(nonce)
+            file.truncate(OFFSET + layout(announced)[1])
+        return path
+
+    yield make
+    for path in paths:
+        if os.path.exists(path):
+            os.unlink(path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shared_memory_carries_every_type_and_shape(shared_file, dtype):
+    tensors = example()
+    announced = specs(tensors, dtype)
+    path = shared_file(announced)
+    with shared_memory.Writer(path, NONCE, OFFSET, announced) as writer:
+        sums = writer.write(tensors)
+    assert_arrived(shared_memory.read(path, OFFSET, announced), tensors, announced, sums)
+
+
+def test_the_next_writer_uses_the_same_mapping(shared_file):
+    first, second = example(1), example(2)
+    announced = specs(first, "float32")
+    path = shared_file(announced)
+    with shared_memory.Writer(path, NONCE, OFFSET, announced) as writer:
+        writer.write(first)
+    with open(path, "r+b") as file:  # a server gives each update a nonce of its own
+        file.write(bytes(reversed(NONCE)))
+    mapped = writer.mapped
+    with shared_memory.Writer(path, bytes(reversed(NONCE)), OFFSET, announced, mapped) as writer:
+        sums = writer.write(second)
+    assert writer.mapped is mapped
+    assert_arrived(shared_memory.read(path, OFFSET, announced), second, announced, sums)
+    os.rename(shared_file(announced), path)  # a file of the same name is another file
+    with shared_memory.Writer(path, NONCE, OFFSET, announced, mapped) as writer:
+        assert writer.mapped is not mapped
+
+
+def test_a_reader_cannot_change_the_file(shared_file):
+    tensors = example()
+    announced = specs(tensors, "float32")
+    path = shared_file(announced)
+    with shared_memory.Writer(path, NONCE, OFFSET, announced) as writer:
+        sums = writer.write(tensors)
+    for _, tensor in shared_memory.read(path, OFFSET, announced):
+        tensor.zero_()
+    assert_arrived(shared_memory.read(path, OFFSET, announced), tensors, announced, sums)
+
+
+def test_another_file_is_not_written_to(shared_file, tmp_path):
+    tensors = example()
+    announced = specs(tensors, "float32")
+    path = shared_file(announced, nonce=bytes(32))
+    with pytest.raises(shared_memory.NotSharedError, match="first bytes are not the server's nonce"):
+        shared_memory.Writer(path, NONCE, OFFSET, announced)
+    with pytest.raises(shared_memory.NotSharedError, match="cannot be opened here"):
+        shared_memory.Writer("/dev/shm/slipstream-is-not-here", NONCE, OFFSET, announced)
+    with pytest.raises(shared_memory.NotSharedError, match=r"has \d+ bytes; the weights need \d+"):
+        shared_memory.Writer(path, bytes(32), OFFSET, [*announced, TensorSpec("more", "float32", (1000,))])
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with pytest.raises(OSError, match="symbolic links"):
+        shared_memory.Writer(str(link), bytes(32), OFFSET, announced)
+
+
+def test_tensors_that_were_not_announced_are_an_error(shared_file):
+    tensors = example()
+    announced = specs(tensors, "float32")
+    writer = shared_memory.Writer(shared_file(announced), NONCE, OFFSET, announced)
+    with pytest.raises(ValueError, match=r"tensor 1 is 't2' of shape \(\), but 't1' of shape \(64,\) was announced"):
+        writer.write([tensors[0], tensors[2]])
+    with pytest.raises(ValueError, match="2 tensors came of the 6 that were announced; 't2' is next"):
+        writer.write(tensors[:2])
+    with pytest.raises(ValueError, match="'t0' comes after the last of the 6"):
+        writer.write([*tensors, tensors[0]])
+
+
+def test_reading_checks_size_and_alignment(shared_file):
+    announced = specs(example(), "float32")
+    path = shared_file(announced)
+    with pytest.raises(ValueError, match="its tensors need"):
+        shared_memory.read(path, OFFSET, [*announced, TensorSpec("more", "float32", (1000,))])
+    with pytest.raises(ValueError, match="multiple of 64"):
+        shared_memory.read(path, 32, announced)
+
+
+# Buckets -------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 12), max_size=3).map(tuple)),
+        max_size=8,
+    ),
+    st.integers(1, 6),
+)
+def test_buckets_put_together_are_the_layout(kinds, lines):
+    announced = [TensorSpec(f"t{i}", dtype, shape) for i, (dtype, shape) in enumerate(kinds)]
+    tensors = [(spec.name, torch.randn(spec.shape)) for spec in announced]
+    total, size = layout(announced)[1], 64 * lines
+    packer = Packer(announced, tensors, size, lambda index: torch.empty(size, dtype=torch.uint8))
+    buckets = list(packer)
+    assert [len(b) for b in buckets] == [min(size, total - begin) for begin in range(0, total, size)]
+    memory = torch.cat(buckets) if buckets else torch.empty(0, dtype=torch.uint8)
+    assert_arrived(views(memory, announced), tensors, announced, packer.totals())
+
+
+def test_wide_types_are_cast_to_the_engines_and_narrow_ones_are_not():
+    tensors = [(dtype, torch.zeros(2, dtype=getattr(torch, dtype))) for dtype in (*DTYPES, "float64")]
+    assert [s.dtype for s in specs_of(tensors, "bfloat16")] == ["bfloat16", "bfloat16", "float16", "bfloat16"]
+    assert [s.dtype for s in specs_of(tensors, "float32")] == ["float32", "bfloat16", "float16", "float32"]
+
+
+# Process groups ------------------------------------------------------------------------------------------------------
+
+# Vectors that end before, at and behind a bucket's edge, and one that spans several.
+EXCHANGES = [(), (240,), (241,), (256, 256), (1, 255), (2000, 3), (272,)]
+
+
+def worker(rank: int, size: int, url: str, behaviour: str, results) -> None:
+    """A server's worker, in a process of its own: receives all exchanges, or fails in one of several ways."""
+    group.BUCKET_BYTES["gloo"] = BUCKET
+    results.put("started")
+    joined = group.join("gloo", group.HttpStore(url, KEY, "g/", 20), rank, size, 20, "cpu")
+    if behaviour == "dies":
+        os._exit(9)
+    try:
+        for index, sizes in enumerate(EXCHANGES):
+            announced = specs(example(index, sizes), DTYPES[index % 3])
+            if behaviour == "idles":
+                results.get(timeout=60)
+            got = group.receive(joined, announced, "cpu")
+            results.put([int(checksum(tensor)) for _, tensor in got])
+        assert not torch.distributed.is_initialized()
+    except group.GroupError as error:
+        results.put(str(error))
+    group.leave(joined)
+
+
+@pytest.fixture
+def members(monkeypatch):
+    """Starts workers and joins them as rank 0: (group, queue of results, processes)."""
+    monkeypatch.setitem(group.BUCKET_BYTES, "gloo", BUCKET)
+    context, processes, groups = multiprocessing.get_context("spawn"), [], []
+
+    def start(count: int, behaviour: str = "receives", timeout: float = 20):
+        queue = context.Queue()
+        for rank in range(1, count + 1):
+            processes.append(context.Process(target=worker, args=(rank, count + 1, url, behaviour, queue), daemon=True))
+            processes[-1].start()
+        assert [queue.get(timeout=60) for _ in range(count)] == ["started"] * count
+        store = group.HttpStore(url, KEY, "g/", 20)
+        groups.append(group.join("gloo", store, 0, count + 1, timeout, "cpu"))
+        return groups[-1], queue
+
+    with store_server() as (url, _):
+        yield start
+        for joined in groups:
+            group.leave(joined)
+        for process in processes:
+            process.join(30)
+            alive = process.is_alive()
+            process.kill()
+            assert not alive
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_groups_carry_tensors_around_bucket_edges(members, count):
+    joined, queue = members(count)
+    for index, sizes in enumerate(EXCHANGES):
+        tensors = example(index, sizes)
+        announced = specs(tensors, DTYPES[index % 3])
+        sums = group.send(joined, announced, iter(tensors))
+        cast = [t.to(getattr(torch, s.dtype)) for (_, t), s in zip(tensors, announced, strict=True)]
+        assert sums == [int(checksum(t)) for t in cast]
+        assert [queue.get(timeout=30) for _ in range(count)] == [sums] * count
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_worker_that_dies_is_an_error_at_once(members):
+    joined, _ = members(1, "dies")
+    tensors = example(0, (8_000_000,))  # more than the operating system buffers
+    begin = time.monotonic()
+    with pytest.raises(group.GroupError, match="rank 0 of 2 waited for the server's workers"):
+        group.send(joined, specs(tensors, "float32"), tensors)
+    assert time.monotonic() - begin < 10
+
+
+def test_a_worker_that_does_nothing_is_an_error_at_the_deadline(members):
+    joined, queue = members(1, "idles", timeout=2)
+    tensors = example(0, (8_000_000,))
+    begin = time.monotonic()
+    with pytest.raises(group.GroupError, match="did not do their part within 2 s"):
+        group.send(joined, specs(tensors, "float32"), tensors)
+    assert 1.5 < time.monotonic() - begin < 20
+    queue.put("go on")  # into a group that is broken
+    assert "waited for the trainer" in queue.get(timeout=30)
+
+
+def test_a_trainer_that_leaves_is_an_error_at_once(members):
+    joined, queue = members(1)
+    group.send(joined, specs(example(0), "float32"), example(0))
+    queue.get(timeout=30)
+    group.leave(joined)
+    assert "rank 1 of 2 waited for the trainer" in queue.get(timeout=10)
+
+
+def test_members_that_do_not_come_are_named():
+    with store_server() as (url, _):
+        errors = {}
+
+        def join(rank: int) -> None:
+            with pytest.raises(group.GroupError) as caught:
+                group.join("gloo", group.HttpStore(url, KEY, "g/", 1), rank, 4, 1, "cpu")
+            errors[rank] = str(caught.value)
+
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    assert errors[0].endswith("waited 1 s for worker 0 (rank 1), worker 2 (rank 3)")
+    assert errors[2].startswith("rank 2 of 4 could not join the gloo group")
+
+
+def test_a_worker_without_a_trainer_says_so():
+    with store_server() as (url, _), pytest.raises(group.GroupError, match=r"waited .* for the trainer \(rank 0\)"):
+        group.join("gloo", group.HttpStore(url, KEY, "g/", 0.5), 1, 2, 0.5, "cpu")
+
+
+def test_backend_and_device_must_fit():
+    with pytest.raises(ValueError, match="use nccl on cuda and gloo on cpu"):
+        group.join("nccl", None, 0, 2, 1, "cpu")  # type: ignore[arg-type]
