@@ -5,18 +5,14 @@ Legend: B rows, T tokens a row, H hidden size, N completion tokens, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from slipstream.modeling.attention import is_packed, packed_attention, row_of
+from slipstream.modeling.standin import Chunks, Settings, Whole, instead_of, logits_of
 from slipstream.records import MicroBatch
-
-# Rows of logits whose softmax is held at a time for the entropy, which needs no gradient.
-ENTROPY_CHUNK = 1024
 
 
 @dataclass(slots=True)
@@ -45,81 +41,64 @@ def score_tokens(
     entropy_gradient: bool = False,
     router_loss: bool = False,
     float32_head: bool = False,
+    chunk_rows: int | None = None,
 ) -> PolicyOutput:
     """Run `model` once and score the completion tokens of `batch`.
 
+    The backward pass of a packed micro-batch belongs into `attention.packed_attention(model)`.
+
     Args:
-        model: The (possibly wrapped) causal language model; it is called as a whole, so that DDP's hooks run.
+        model: The (possibly wrapped) causal language model; it is called as a whole, so that the hooks of DDP and FSDP
+            run.
         head: Its output embedding, which is applied at completion positions alone.
         batch: The rows.
         temperature: Logits are divided by it, as they were when the tokens were sampled.
-        entropies: Whether to compute entropies as well.
+        entropies: Whether to return entropies as well.
         entropy_gradient: Whether gradients flow through them.
-        router_loss: Whether to compute the load balancing loss of a mixture of experts.
+        router_loss: Whether to compute the load balancing loss of a mixture of experts. Where completions share a
+            prompt, its tokens count once.
         float32_head: Whether to compute the logits in float32, whatever the model computes in.
+        chunk_rows: Positions whose logits are held at a time; None: as many as the device is good for.
     """
-    # Rows are padded on the right (see Packer), so that no real token sees the padding: attention needs no mask.
-    options: dict[str, Any] = {"use_cache": False}
-    if router_loss:
-        # The experts do see it, and padding must not count in their balance.
-        options |= {"output_router_logits": True, "attention_mask": batch.attention_mask_BT}
-    with _only_at(head, batch.positions_N, float32_head):
-        answer = model(input_ids=batch.input_ids_BT, **options)
-    logits_NV = answer.logits
-    if logits_NV.shape[:-1] != batch.positions_N.shape:
-        raise RuntimeError(
-            f"the model returned logits of shape {tuple(logits_NV.shape)} where {len(batch.positions_N)} rows were "
-            f"expected: {type(model).__name__} does not compute them through its output embedding "
-            f"{type(head).__name__}, so it cannot be trained here."
-        )
-    logits_NV = logits_NV.float()
-    if temperature != 1.0:
-        logits_NV = logits_NV / temperature
-    normalizer_N = logits_NV.logsumexp(dim=-1)
-    logps_N = logits_NV.gather(-1, batch.targets_N.unsqueeze(-1)).squeeze(-1) - normalizer_N
-    balance = answer.aux_loss if router_loss else None
-    if not entropies:
-        return PolicyOutput(logps_N, None, balance)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        return PolicyOutput(logps_N, _entropies(logits_NV, normalizer_N), balance)
-
-
-def _entropies(logits_NV: Tensor, normalizer_N: Tensor) -> Tensor:
-    parts = []
-    for logits, normalizer in zip(logits_NV.split(ENTROPY_CHUNK), normalizer_N.split(ENTROPY_CHUNK), strict=True):
-        probabilities = (logits - normalizer.unsqueeze(-1)).exp()
-        parts.append(normalizer - (probabilities * logits).sum(dim=-1))
-    return torch.cat(parts) if parts else normalizer_N
-
-
-@contextmanager
-def _only_at(head: nn.Module, positions_N: Tensor, float32: bool) -> Iterator[None]:
-    """Let `head` see the hidden states at `positions_N` of the flattened batch, and no others.
-
-    The output embedding is the largest product and its logits are the largest tensor of a step; prompt and padding
-    positions need neither.
-    """
-
-    def select(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        hidden_BTH = args[0]
-        return (hidden_BTH.flatten(0, -2)[positions_N], *args[1:]), kwargs
-
-    def precisely(hidden_NH: Tensor) -> Tensor:
-        weight, bias = cast(Tensor, head.weight), cast("Tensor | None", getattr(head, "bias", None))
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            return nn.functional.linear(hidden_NH.float(), weight.float(), None if bias is None else bias.float())
-
-    if float32 and hasattr(head, "base_layer"):
+    if float32_head and hasattr(head, "base_layer"):
         raise ValueError(
             "cast_lm_head_to_fp32=True does not go with an adapter on the output embedding, which it would leave out: "
             "take lm_head out of target_modules, or set cast_lm_head_to_fp32=False."
         )
-    hook = head.register_forward_pre_hook(select, with_kwargs=True)
-    forward = head.forward
-    if float32:
-        head.forward = precisely
-    try:
-        yield
-    finally:
-        hook.remove()
-        head.forward = forward
+    settings = Settings(temperature, entropy_gradient, float32_head, chunk_rows)
+    logits = logits_of(model, head, batch)
+    stand_in: Chunks | Whole
+    if logits is None:
+        stand_in = Whole(head, batch, settings)
+    else:
+        stand_in = Chunks(head, batch, settings, replace(logits, temperature=temperature))
+    with instead_of(head, stand_in):
+        answer = _run(model, batch, router_loss)
+    logps_N, entropies_N = stand_in.scores(answer.logits)
+    if batch.segments is not None and logps_N.requires_grad:
+        logps_N.register_hook(lambda _: _check_backward(model))
+    return PolicyOutput(logps_N, entropies_N if entropies else None, answer.aux_loss if router_loss else None)
+
+
+def _run(model: nn.Module, batch: MicroBatch, router_loss: bool) -> Any:
+    # Padding stands on the right (see Packer), so that no real token sees it: attention needs no mask.
+    options: dict[str, Any] = {"use_cache": False}
+    if router_loss:
+        options["output_router_logits"] = True
+        if batch.segments is None:
+            # The experts do see padding, and it must not count in their balance.
+            options["attention_mask"] = batch.attention_mask_BT
+    if batch.position_ids_BT is not None:
+        options["position_ids"] = batch.position_ids_BT
+    if batch.segments is None:
+        return model(input_ids=batch.input_ids_BT, **options)
+    with packed_attention(model), row_of(batch.segments, batch.input_ids_BT.device):
+        return model(input_ids=batch.input_ids_BT, **options)
+
+
+def _check_backward(model: nn.Module) -> None:
+    if not is_packed(model):
+        raise RuntimeError(
+            "the backward pass of a packed micro-batch must run within `packed_attention(model)`: gradient "
+            "checkpointing would compute another attention than the forward pass."
+        )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from slipstream.records import MicroBatch, Rollout, StepTotals
+from slipstream.modeling.partition import balanced_pieces, pieces_within
+from slipstream.records import MicroBatch, Rollout, Segment, StepTotals
 
 PER_TOKEN = ("sampler_logps", "old_logps", "ref_logps", "entropy_mask")
+# Prompts are shared when that saves more than this part of all tokens: below, the keys and values that are gathered
+# for it cost as much as it saves.
+LEAST_SAVING = 0.1
 
 
 def loss_mask(rollout: Rollout) -> Tensor:
@@ -22,62 +26,156 @@ def loss_mask(rollout: Rollout) -> Tensor:
 
 
 class Packer:
-    """Puts rows of similar length together and pads them to the longest.
+    """Makes micro-batches of rollouts, padded or packed.
 
-    Rows are padded on the right: in a causal model no real token sees the padding, so no attention mask is needed and
-    the fast attention kernels apply.
+    Padded, rows of similar length stand together and are padded to the longest. They are padded on the right: in a
+    causal model no real token sees the padding, so no attention mask is needed and the fast attention kernels apply.
+
+    Packed, all rollouts of a micro-batch stand one after the other in one row without padding, as many as fit into a
+    budget of tokens. Completions of one prompt can share it: it stands there once, and each of them continues it.
 
     Args:
-        rows: Rows of a micro-batch, at most.
+        rows: Rows of a padded micro-batch, at most.
         pad_token_id: Any valid token id.
         device: Where the tensors go.
         pad_to_multiple_of: Pad rows further, to a multiple of this many tokens.
+        packed: Pack rows. The model must have passed `packable.obstacle`.
+        share_prompts: Let completions of one prompt share it where that saves more than a tenth of the tokens.
+        max_tokens: Tokens of a packed micro-batch, at most; a rollout that is longer has one of its own. None: as many
+            as `rows` rows would have if all were as long as the longest.
+        agree: Given the number of packed micro-batches that this rank needs, returns the largest of all ranks: each
+            makes that many, so that their collectives match. The default is for a single rank.
     """
 
     def __init__(
-        self, rows: int, pad_token_id: int, device: torch.device, pad_to_multiple_of: int | None = None
+        self,
+        rows: int,
+        pad_token_id: int,
+        device: torch.device,
+        pad_to_multiple_of: int | None = None,
+        *,
+        packed: bool = False,
+        share_prompts: bool = False,
+        max_tokens: int | None = None,
+        agree: Callable[[int], int] = int,
     ) -> None:
         self.rows = rows
         self.pad_token_id = pad_token_id
         self.device = device
         self.multiple = pad_to_multiple_of or 1
+        self.packed = packed
+        self.share_prompts = share_prompts
+        self.max_tokens = max_tokens
+        self.agree = agree
 
-    def pack(self, rollouts: Sequence[Rollout], totals: StepTotals) -> Iterator[MicroBatch]:
-        """Split `rollouts` into micro-batches of at most `rows` rows; each rollout is in exactly one.
+    def pack(self, rollouts: Sequence[Rollout], totals: StepTotals, group_size: int = 1) -> Iterator[MicroBatch]:
+        """Split `rollouts` into micro-batches; each rollout is in exactly one.
 
-        Ranks with equally many rollouts make equally many micro-batches, so their collectives match.
+        Every `group_size` of them stay together, in their order. Ranks with equally many rollouts make equally many
+        micro-batches, so their collectives match.
         """
-        by_length = sorted(rollouts, key=lambda r: len(r.prompt.ids) + len(r.completion.ids), reverse=True)
-        for start in range(0, len(by_length), self.rows):
-            yield self.micro_batch(by_length[start : start + self.rows], totals)
+        groups = [list(rollouts[i : i + group_size]) for i in range(0, len(rollouts), group_size)]
+        if self.packed:
+            yield from self._pack_rows(groups, totals, group_size)
+            return
+        groups.sort(key=lambda g: max(_tokens(r) for r in g), reverse=True)
+        count = max(1, self.rows // group_size)
+        for start in range(0, len(groups), count):
+            yield self.micro_batch([r for g in groups[start : start + count] for r in g], totals, group_size)
 
-    def micro_batch(self, rollouts: list[Rollout], totals: StepTotals) -> MicroBatch:
-        """The tensors of these rows."""
-        lengths = [len(r.prompt.ids) + len(r.completion.ids) for r in rollouts]
-        longest = -(-max(lengths) // self.multiple) * self.multiple
+    def micro_batch(self, rollouts: list[Rollout], totals: StepTotals, group_size: int = 1) -> MicroBatch:
+        """The tensors of these rows, padded."""
+        lengths = [_tokens(r) for r in rollouts]
+        longest = self._rounded(max(lengths))
         input_ids = torch.full((len(rollouts), longest), self.pad_token_id, dtype=torch.long)
-        positions, targets, rows, mask = [], [], [], []
+        positions = []
         for i, rollout in enumerate(rollouts):
             prompt, completion = rollout.prompt.ids, rollout.completion.ids
-            ids = torch.tensor([*prompt, *completion], dtype=torch.long)
-            input_ids[i, : len(ids)] = ids
+            input_ids[i, : lengths[i]] = torch.tensor([*prompt, *completion], dtype=torch.long)
             # The token at position p is predicted from position p - 1.
             first = i * longest + len(prompt) - 1
             positions.append(torch.arange(first, first + len(completion)))
-            targets.append(ids[len(prompt) :])
-            rows.append(torch.full((len(completion),), i))
-            mask.append(loss_mask(rollout))
+        attention_mask = (torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)).long()
+        return self._micro_batch(rollouts, totals, group_size, input_ids, attention_mask, positions)
+
+    def packed_micro_batch(
+        self, rollouts: list[Rollout], totals: StepTotals, group_size: int = 1, *, share: bool = False
+    ) -> MicroBatch:
+        """The tensors of these rollouts in one row; with `share`, neighbours with the same prompt share it."""
+        ids: list[int] = []
+        segments: list[Segment] = []
+        position_ids, positions = [], []
+        shared = _shared_with_previous(rollouts) if share else [False] * len(rollouts)
+        prompt_end = parent = 0
+        for i, rollout in enumerate(rollouts):
+            prompt, completion = rollout.prompt.ids, rollout.completion.ids
+            shares = shared[i] or (i + 1 < len(rollouts) and shared[i + 1])
+            if not shared[i]:
+                ids += prompt
+                prompt_end = len(ids)
+                position_ids.append(torch.arange(len(prompt)))
+                if shares:
+                    parent = len(segments)
+                    segments.append(Segment(len(prompt)))
+            start = len(ids)
+            ids += completion
+            position_ids.append(torch.arange(len(prompt), len(prompt) + len(completion)))
+            # The first token is predicted from the prompt's last, which may stand further left.
+            positions.append(torch.tensor([prompt_end - 1, *range(start, len(ids) - 1)][: len(completion)]))
+            if not shares:
+                segments.append(Segment(len(prompt) + len(completion)))
+            elif completion:
+                segments.append(Segment(len(completion), parent))
+        padding = self._rounded(len(ids)) - len(ids)
+        mask = torch.ones(1, len(ids) + padding, dtype=torch.long)
+        if padding:
+            mask[:, len(ids) :] = 0
+            ids += [self.pad_token_id] * padding
+            position_ids.append(torch.arange(padding))
+            segments.append(Segment(padding))
+        made = self._micro_batch(rollouts, totals, group_size, torch.tensor([ids]), mask, positions)
+        made.position_ids_BT = torch.cat(position_ids).unsqueeze(0).to(self.device)
+        made.segments = tuple(segments)
+        return made
+
+    def _pack_rows(self, groups: list[list[Rollout]], totals: StepTotals, group_size: int) -> Iterator[MicroBatch]:
+        # Groups of one prompt next to each other; otherwise in the order that they came in.
+        first: dict[tuple[int, ...], int] = {}
+        groups.sort(key=lambda g: first.setdefault(tuple(g[0].prompt.ids), len(first)))
+        line = [r for g in groups for r in g]
+        share = self.share_prompts and _saving(line) > LEAST_SAVING
+        opening, following = _costs(groups, share)
+        most = self.max_tokens or self.rows * max(map(_tokens, line), default=0)
+        count = self.agree(len(pieces_within(opening, following, most)))
+        start = 0
+        for size in balanced_pieces(opening, following, count):
+            rollouts = [r for g in groups[start : start + size] for r in g]
+            yield self.packed_micro_batch(rollouts, totals, group_size, share=share)
+            start += size
+
+    def _micro_batch(
+        self,
+        rollouts: list[Rollout],
+        totals: StepTotals,
+        group_size: int,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: list[Tensor],
+    ) -> MicroBatch:
+        targets = [token for r in rollouts for token in r.completion.ids]
+        lengths = torch.tensor([len(r.completion.ids) for r in rollouts])
         return MicroBatch(
             rollouts=rollouts,
             input_ids_BT=input_ids.to(self.device),
-            attention_mask_BT=(torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)).long().to(self.device),
-            positions_N=torch.cat(positions).to(self.device),
-            targets_N=torch.cat(targets).to(self.device),
-            rows_N=torch.cat(rows).to(self.device),
-            mask_N=torch.cat(mask).to(self.device),
+            attention_mask_BT=attention_mask.to(self.device),
+            positions_N=torch.cat(positions).long().to(self.device),
+            targets_N=torch.tensor(targets, dtype=torch.long, device=self.device),
+            rows_N=torch.arange(len(rollouts)).repeat_interleave(lengths).to(self.device),
+            mask_N=torch.cat([loss_mask(r) for r in rollouts]).to(self.device),
             advantages_B=torch.tensor([r.advantage for r in rollouts], dtype=torch.float32, device=self.device),
             totals=totals,
             per_token=self._per_token(rollouts),
+            group_size=group_size,
         )
 
     def _per_token(self, rollouts: list[Rollout]) -> dict[str, Tensor]:
@@ -86,3 +184,41 @@ class Packer:
             if all(name in r.extra for r in rollouts):
                 values[name] = torch.cat([r.extra[name] for r in rollouts]).to(self.device)
         return values
+
+    def _rounded(self, tokens: int) -> int:
+        return -(-tokens // self.multiple) * self.multiple
+
+
+def _tokens(rollout: Rollout) -> int:
+    return len(rollout.prompt.ids) + len(rollout.completion.ids)
+
+
+def _shared_with_previous(rollouts: Sequence[Rollout]) -> list[bool]:
+    """For each rollout whether the one before it has the same prompt."""
+    prompts = [r.prompt for r in rollouts]
+    # Rollouts of a group have the same object, which is quicker to see than equal token ids.
+    return [i > 0 and (p is prompts[i - 1] or p.ids == prompts[i - 1].ids) for i, p in enumerate(prompts)]
+
+
+def _saving(rollouts: Sequence[Rollout]) -> float:
+    """The part of all tokens that are prompts which the rollout before has already."""
+    tokens = sum(map(_tokens, rollouts))
+    pairs = zip(rollouts, _shared_with_previous(rollouts), strict=True)
+    return sum(len(r.prompt.ids) for r, shared in pairs if shared) / max(tokens, 1)
+
+
+def _costs(groups: Sequence[Sequence[Rollout]], share: bool) -> tuple[list[int], list[int]]:
+    """Tokens of each group as the first of a row, and behind the group before it."""
+    opening, following = [], []
+    previous: Rollout | None = None
+    for group in groups:
+        own = sum(map(_tokens, group))
+        repeated = 0
+        if share:
+            own -= sum(len(r.prompt.ids) for r, same in zip(group, _shared_with_previous(group), strict=True) if same)
+            if previous is not None and _shared_with_previous([previous, group[0]])[1]:
+                repeated = len(group[0].prompt.ids)
+        opening.append(own)
+        following.append(own - repeated)
+        previous = group[-1]
+    return opening, following
