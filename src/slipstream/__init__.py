@@ -11,14 +11,41 @@ from typing import TYPE_CHECKING, Any
 from slipstream.version import __version__
 
 if TYPE_CHECKING:
+    from slipstream.serving.client import VLLMClient
     from slipstream.trainers.grpo import GRPOConfig, GRPOTrainer
+    from slipstream.trainers.nash_md import NashMDConfig, NashMDTrainer
+    from slipstream.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+    from slipstream.trainers.rloo import RLOOConfig, RLOOTrainer
+    from slipstream.trainers.xpo import XPOConfig, XPOTrainer
 
 _EXPORTS = {
     "GRPOConfig": "slipstream.trainers.grpo",
     "GRPOTrainer": "slipstream.trainers.grpo",
+    "NashMDConfig": "slipstream.trainers.nash_md",
+    "NashMDTrainer": "slipstream.trainers.nash_md",
+    "OnlineDPOConfig": "slipstream.trainers.online_dpo",
+    "OnlineDPOTrainer": "slipstream.trainers.online_dpo",
+    "RLOOConfig": "slipstream.trainers.rloo",
+    "RLOOTrainer": "slipstream.trainers.rloo",
+    "VLLMClient": "slipstream.serving.client",
+    "XPOConfig": "slipstream.trainers.xpo",
+    "XPOTrainer": "slipstream.trainers.xpo",
 }
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "__version__"]
+__all__ = [
+    "GRPOConfig",
+    "GRPOTrainer",
+    "NashMDConfig",
+    "NashMDTrainer",
+    "OnlineDPOConfig",
+    "OnlineDPOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
+    "VLLMClient",
+    "XPOConfig",
+    "XPOTrainer",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,14 +11,6 @@ from transformers import TrainingArguments
 from slipstream.checks import number, one_of
 from slipstream.generation.engine import Sampling
 
-SAMPLER_CORRECTIONS = (
-    "token_truncate",
-    "token_mask",
-    "sequence_truncate",
-    "sequence_mask",
-    "sequence_geometric_truncate",
-    "sequence_geometric_mask",
-)
 # Arguments in generation_kwargs that leave the probabilities of tokens as they are.
 NEUTRAL_SAMPLING = {
     "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens",
@@ -28,6 +20,8 @@ NEUTRAL_SAMPLING = {
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field with the help text that the command line shows."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -83,6 +77,13 @@ class OnlineConfig(TrainingArguments):
     generation_kwargs: dict[str, Any] | str | None = option(None, "Further arguments for the engine's sampling class.")
     chat_template_kwargs: dict[str, Any] | str | None = option(None, "Further variables for the chat template.")
 
+    packing: bool = option(False, "Train on rows without padding, where the model's attention allows it.")
+    share_prompts: bool = option(
+        True, "With packing: compute a prompt once for its completions, where that saves more than a tenth."
+    )
+    max_tokens_per_micro_batch: int | None = option(
+        None, "With packing: tokens of a micro-batch. None: those of per_device_train_batch_size rows of the longest."
+    )
     pad_to_multiple_of: int | str | None = option(
         "auto", "Pad micro-batches to a multiple of this many tokens; `auto` and None: no further than needed."
     )
@@ -108,19 +109,12 @@ class OnlineConfig(TrainingArguments):
     vllm_server_base_url: str | None = option(None, "URL of the server; replaces its host and port.")
     vllm_server_host: str = option("0.0.0.0", "Host of the server.")
     vllm_server_port: int = option(8000, "Port of the server.")
-    vllm_server_timeout: float = option(240.0, "Seconds to wait for the server to be up.")
-    vllm_group_port: int = option(51216, "Port for the exchange of weights with the server.")
+    vllm_server_timeout: float = option(240.0, "Seconds to wait for the server, at the start and when it is lost.")
+    vllm_group_port: int = option(51216, "Taken for TRL's sake: the exchange of weights needs no port of its own.")
     vllm_structured_outputs_regex: str | None = option(None, "A regular expression that completions must match.")
     vllm_engine_kwargs: dict[str, Any] | str | None = option(
         None, "Any other argument of vLLM's engine, by vLLM's own names."
     )
-    vllm_importance_sampling_correction: bool = option(
-        True, "Correct for the difference between the sampler's and the trainer's log-probabilities."
-    )
-    vllm_importance_sampling_mode: str = option("sequence_mask", f"How: one of {', '.join(SAMPLER_CORRECTIONS)}.")
-    vllm_importance_sampling_clip_max: float | None = option(3.0, "Upper bound of the correction ratio.")
-    vllm_importance_sampling_cap: float | None = option(None, "The older name of that upper bound.")
-    vllm_importance_sampling_clip_min: float | None = option(None, "Lower bound of the correction ratio.")
 
     # What is shown
     log_completions: bool = option(False, "Print a table of prompts and completions every `logging_steps`.")
@@ -181,6 +175,8 @@ class OnlineConfig(TrainingArguments):
                 "auto_find_batch_size=True is not supported: a smaller batch would cut groups of completions apart. "
                 "Lower per_device_train_batch_size and raise gradient_accumulation_steps instead."
             )
+        if self.max_tokens_per_micro_batch is not None:
+            number("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch, least=1, integer=True)
         self._check_padding()
         self._check_vllm()
         if self.use_transformers_paged:
@@ -213,46 +209,45 @@ class OnlineConfig(TrainingArguments):
         number("vllm_tensor_parallel_size", self.vllm_tensor_parallel_size, least=1, integer=True)
         if self.vllm_max_model_length is not None:
             number("vllm_max_model_length", self.vllm_max_model_length, least=2, integer=True)
-        if self.vllm_importance_sampling_cap is not None:
-            warnings.warn(
-                "vllm_importance_sampling_cap is the older name of vllm_importance_sampling_clip_max: use that one.",
-                FutureWarning,
-                stacklevel=4,
-            )
-            self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
-        one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, SAMPLER_CORRECTIONS)
-        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        if high is not None:
-            number("vllm_importance_sampling_clip_max", high, above=0)
-        if low is not None:
-            number("vllm_importance_sampling_clip_min", low, least=0)
-        if low is not None and high is not None and low >= high:
-            raise ValueError(
-                f"vllm_importance_sampling_clip_min={low} must be below vllm_importance_sampling_clip_max={high}."
-            )
-        if self.vllm_importance_sampling_correction and low is None and high is None:
-            raise ValueError(
-                "vllm_importance_sampling_clip_min and vllm_importance_sampling_clip_max are both None, so the "
-                f"correction {self.vllm_importance_sampling_mode!r} has no bound: set at least one of them, or "
-                "vllm_importance_sampling_correction=False."
-            )
-        if self.use_vllm and self.vllm_importance_sampling_correction and self._reshaping:
-            warnings.warn(
-                f"{', '.join(self._reshaping)} changes the distribution that tokens are sampled from, and the trainer "
-                "scores them under the unchanged one: sampler correction is off in this run. Set "
-                "vllm_importance_sampling_correction=False to say so yourself.",
-                UserWarning,
-                stacklevel=4,
-            )
-            self.vllm_importance_sampling_correction = False
+        number("vllm_server_port", self.vllm_server_port, least=1, most=65535, integer=True)
+        number("vllm_server_timeout", self.vllm_server_timeout, above=0)
+        url = self.vllm_server_base_url
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError(f"vllm_server_base_url={url!r} is not allowed: it must begin with http:// or https://.")
         if self.use_vllm and self.vllm_mode == "server":
-            raise NotImplementedError(
-                "vllm_mode='server' is not there yet: use vllm_mode='colocate', which runs vLLM in this process."
-            )
+            self._check_server_mode()
         if self.use_vllm and self.vllm_enable_sleep_mode:
             from slipstream.vllm_compat import check_sleep_supported
 
             check_sleep_supported()
+
+    def _check_server_mode(self) -> None:
+        """What shapes the engine is the server's own affair."""
+        if self.vllm_engine_kwargs:
+            raise ValueError(
+                f"vllm_engine_kwargs={self.vllm_engine_kwargs!r} does not go with vllm_mode='server', whose engine is "
+                "started by `slipstream vllm-serve`: give them to it as flags."
+            )
+        for name, given in (
+            ("vllm_enable_sleep_mode", self.vllm_enable_sleep_mode),
+            ("vllm_tensor_parallel_size", self.vllm_tensor_parallel_size != 1),
+        ):
+            if given:
+                warnings.warn(
+                    f"{name}={getattr(self, name)!r} changes nothing with vllm_mode='server', whose devices are its "
+                    "own: give `slipstream vllm-serve` what its engine needs as flags.",
+                    UserWarning,
+                    stacklevel=5,
+                )
+        self.vllm_enable_sleep_mode = False
+
+    @property
+    def server_url(self) -> str:
+        """Where the server is (`vllm_mode="server"`). The address 0.0.0.0, which servers listen on, is this machine."""
+        if self.vllm_server_base_url is not None:
+            return self.vllm_server_base_url.rstrip("/")
+        host = "127.0.0.1" if self.vllm_server_host == "0.0.0.0" else self.vllm_server_host
+        return f"http://{host}:{self.vllm_server_port}"
 
     @property
     def _reshaping(self) -> list[str]:
@@ -267,22 +262,34 @@ class OnlineConfig(TrainingArguments):
         }
         return [name for name, on in active.items() if on]
 
+    @property
+    def micro_batch_rows(self) -> int:
+        """Completions of one micro-batch of one process."""
+        return self.per_device_train_batch_size
+
+    @property
+    def samples_from_reference(self) -> bool:
+        """Whether the reference has a part in what is sampled."""
+        return False
+
     def _resolve_batch_sizes(self) -> None:
-        a_step = self.per_device_train_batch_size * self.world_size
+        a_step = self.micro_batch_rows * self.world_size
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
             # Both are set after a round trip through to_dict(); then they must agree.
             if self.generation_batch_size != a_step * self.steps_per_generation:
                 raise ValueError(
                     f"generation_batch_size={self.generation_batch_size} and steps_per_generation="
-                    f"{self.steps_per_generation} contradict each other: set one of them (per_device_train_batch_size "
-                    f"* processes = {a_step})."
+                    f"{self.steps_per_generation} contradict each other: set one of them "
+                    f"(per_device_train_batch_size={self.per_device_train_batch_size} makes {a_step} completions over "
+                    "all processes)."
                 )
         elif self.generation_batch_size is not None:
             number("generation_batch_size", self.generation_batch_size, least=1, integer=True)
             if self.generation_batch_size % a_step:
                 raise ValueError(
-                    f"generation_batch_size={self.generation_batch_size} must be a multiple of "
-                    f"per_device_train_batch_size * processes = {a_step}."
+                    f"generation_batch_size={self.generation_batch_size} must be a multiple of the {a_step} "
+                    f"completions that per_device_train_batch_size={self.per_device_train_batch_size} makes, over all "
+                    "processes."
                 )
             self.steps_per_generation = self.generation_batch_size // a_step
         else:

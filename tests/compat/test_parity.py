@@ -15,10 +15,11 @@ PEER = ROOT / ".venv-peer" / "bin" / "python"
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PEER.exists(), reason="there is no .venv-peer: make peer")
-def test_grpo_agrees_with_trl(tmp_path):
-    results, page = tmp_path / "parity.json", tmp_path / "parity.md"
+@pytest.mark.parametrize(("trainer", "cases"), [("grpo", 200), ("rloo", 40), ("online_dpo", 14)])
+def test_losses_and_gradients_are_trls(trainer, cases, tmp_path):
+    results, page = tmp_path / f"parity_{trainer}.json", tmp_path / "parity.md"
     done = subprocess.run(
-        [PEER, ROOT / "benchmarks" / "parity" / "grpo.py", "--json", results, "--page", page],
+        [PEER, ROOT / "benchmarks" / "parity" / f"{trainer}.py", "--json", results, "--page", page],
         capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_WAIT_POLICY": "passive"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -26,10 +27,10 @@ def test_grpo_agrees_with_trl(tmp_path):
     compared = [
         cell["error"]
         for table in ("losses", "advantages")
-        for row in tables[table].values()
+        for row in tables.get(table, {}).values()
         for cell in row.values()
         if cell["status"] == "same"
     ]
-    assert len(compared) >= 40
+    assert len(compared) >= cases
     assert max(compared) <= tables["tolerance"] == 1e-5
     assert "# The same numbers as TRL" in page.read_text()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from serving.servers import start_server
 
 SCRIPTS = Path(__file__).parent / "scripts"
 QUESTIONS = [{"question": f"{a}+{b}=?", "solution": str(a + b), "task": "math" if a % 2 else "other"}
@@ -29,16 +30,21 @@ def converted(script: str) -> str:
 def run(tiny_model, tmp_path):
     """A function that converts a script, runs it in a process of its own, and returns what it printed."""
 
-    def run_script(name: str, rows: list[dict[str, str]]) -> str:
+    def run_script(name: str, rows: list[dict[str, str]], *launcher: str, **variables: str) -> str:
         (tmp_path / name).write_text(converted(name))
         data = tmp_path / "data"
         data.mkdir()
         (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         places = {"MODEL": tiny_model, "DATASET": data, "OUTPUT": tmp_path / "out", "HF_HOME": tmp_path / "hf"}
+        environment = os.environ | {k: str(v) for k, v in places.items()} | variables
         done = subprocess.run(
-            [sys.executable, name], cwd=tmp_path, env=os.environ | {k: str(v) for k, v in places.items()},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+            [sys.executable, *launcher, name],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
 
@@ -89,6 +95,19 @@ def test_peft_and_kl(run, tmp_path):
     # The second update of a generation batch is off-policy by one step.
     assert [entry["staleness/max"] for entry in steps] == [0, 1, 0, 1]
     assert [entry["step"] for entry in entries if "eval_reward" in entry] == [2, 4]
+
+
+def test_server(run, tiny_model, tmp_path):
+    server = start_server(tiny_model)
+    try:
+        rows = [{"prompt": f"What is {r['question']}", "solution": r["solution"]} for r in QUESTIONS]
+        launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+        run("server.py", rows, *launcher, PORT=str(server.port), SLIPSTREAM_API_KEY=server.key)
+    finally:
+        server.stop()
+    assert_saved(tmp_path / "out")
+    versions = {json.loads(line)["weight_version"] for line in (tmp_path / "out" / "completions.jsonl").open()}
+    assert versions == {0, 1}
 
 
 def assert_saved(folder: Path) -> None:

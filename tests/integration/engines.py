@@ -28,6 +28,20 @@ def logprobs(model, prompt, ids, temperature=1.0):
 
 
 @torch.no_grad()
+def mixed(models, prompt, ids, share):
+    """Logits (tokens, vocabulary) that `ids` are sampled from, where `models` are a policy and a reference."""
+    policy, reference = (m(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].double() for m in models)
+    return share * reference + (1 - share) * policy
+
+
+def mixture_errors(models, prompt, completion, share, temperature=1.0):
+    """How far (tokens,) a completion's log-probabilities are from the mixture's."""
+    logps = (mixed(models, prompt, completion.ids, share) / temperature).log_softmax(-1)
+    expected = logps.gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
+    return (expected - torch.tensor(completion.logprobs)).abs()
+
+
+@torch.no_grad()
 def greedy(model, prompt, count, stop=()):
     """The `count` most likely tokens after `prompt`, one forward pass a token; ends after a token of `stop`."""
     ids = list(prompt)

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 
 from slipstream import GRPOConfig, GRPOTrainer
+from slipstream.trainers.metrics import Tally
 
 ROWS = [{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)]
 OPTIONS = [
@@ -76,6 +77,17 @@ def test_the_entropy_mask_keeps_the_asked_share(tiny_model, tmp_path):
     assert trainer._totals(rollouts).chosen_tokens == kept.sum()
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "luspo", "dr_grpo", "dapo"])
+def test_rows_that_fill_up_ranks_do_not_count_in_an_evaluations_loss(tiny_model, tmp_path, loss_type):
+    trainer = train(tiny_model, tmp_path, beta=0.1, loss_type=loss_type)
+    wanted = [(row, 0, 4) for row in (0, 1, 0)]
+    rollouts, _ = trainer._collect(trainer.train_dataset, wanted, ("eval",), 4, 8)
+    assert [r.in_loss for r in rollouts] == [True] * 8 + [False] * 4
+    alone = trainer._loss(rollouts[:8], 8, 4, Tally()).item()
+    assert alone != 0
+    assert trainer._loss(rollouts, 8, 4, Tally()).item() == pytest.approx(alone, rel=1e-5)
+
+
 def test_the_reference_moves_towards_the_policy(tiny_model, tmp_path):
     trainer = train(tiny_model, tmp_path, beta=0.1, sync_ref_model=True, ref_model_sync_steps=2, max_steps=3,
                     ref_model_mixup_alpha=0.5)  # fmt: skip
@@ -88,11 +100,12 @@ def test_the_reference_moves_towards_the_policy(tiny_model, tmp_path):
     assert kl[1] > 1e-7
 
 
-def test_an_adapter_has_no_reference_that_could_move(tiny_model, tmp_path):
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_an_adapter_has_no_reference_that_could_move(tiny_model, tmp_path, bias):
     from peft import LoraConfig
 
     args = GRPOConfig(str(tmp_path), beta=0.1, sync_ref_model=True, max_completion_length=6, report_to=[])
-    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", bias=bias)
     with pytest.raises(ValueError, match="sync_ref_model=True does not go with an adapter"):
         GRPOTrainer(tiny_model, digits, args, Dataset.from_list(ROWS), peft_config=adapter)
 

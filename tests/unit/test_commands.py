@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from slipstream import GRPOConfig
-from slipstream.commands.train import _conclude, load_datasets, load_reward_function, parse_settings, read_settings
+from slipstream.commands.loading import load_datasets, load_reward_function
+from slipstream.commands.train import _conclude, parse_settings, read_settings
 
 NEEDED = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": "accuracy_reward", "output_dir": "o"}
 

@@ -45,7 +45,7 @@ def test_a_config_survives_a_round_trip():
     [
         ({"num_generations": 1}, "num_generations=1 .*>= 2"),
         ({"num_generations": 3}, "generation_batch_size=8 .*must be a multiple of num_generations=3"),
-        ({"generation_batch_size": 12}, "must be a multiple of per_device_train_batch_size"),
+        ({"generation_batch_size": 12}, "must be a multiple of the 8 completions that per_device_train_batch_size=8"),
         ({"generation_batch_size": 16, "steps_per_generation": 3}, "contradict each other"),
         ({"temperature": 0}, r"temperature=0 .*> 0"),
         ({"temperature": float("nan")}, "temperature=nan"),
@@ -59,6 +59,9 @@ def test_a_config_survives_a_round_trip():
         ({"scale_rewards": "groups"}, "scale_rewards='groups' .*Did you mean 'group'"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level='word'"),
         ({"vllm_mode": "remote"}, "vllm_mode='remote' is not one of 'colocate', 'server'"),
+        ({"vllm_server_port": 0}, "vllm_server_port=0 .*>= 1"),
+        ({"vllm_server_timeout": 0}, "vllm_server_timeout=0 .*> 0"),
+        ({"vllm_server_base_url": "localhost:8000"}, "vllm_server_base_url='localhost:8000' .*http://"),
         ({"vllm_model_impl": "hf"}, "vllm_model_impl='hf'"),
         ({"vllm_sleep_level": 3}, "vllm_sleep_level=3"),
         ({"vllm_gpu_memory_utilization": 0}, "vllm_gpu_memory_utilization=0 .*> 0"),
@@ -91,14 +94,22 @@ def test_wrong_values_are_named(values, message):
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "url"),
     [
-        {"use_vllm": True, "vllm_mode": "server"},
+        ({}, "http://127.0.0.1:8000"),
+        ({"vllm_server_host": "trainer-7", "vllm_server_port": 9000}, "http://trainer-7:9000"),
+        ({"vllm_server_base_url": "https://policy.example:8443/"}, "https://policy.example:8443"),
     ],
 )
-def test_what_is_not_there_yet_says_so(values):
-    with pytest.raises(NotImplementedError, match="not there yet"):
-        config(**values)
+def test_where_the_server_is(values, url):
+    assert config(use_vllm=True, vllm_mode="server", **values).server_url == url
+
+
+def test_server_mode_says_which_settings_are_the_servers():
+    with pytest.warns(UserWarning, match="vllm_tensor_parallel_size=2 changes nothing with vllm_mode='server'"):
+        config(use_vllm=True, vllm_mode="server", vllm_tensor_parallel_size=2)
+    with pytest.raises(ValueError, match=r"vllm_engine_kwargs=.*give them to it as flags"):
+        config(use_vllm=True, vllm_mode="server", vllm_engine_kwargs={"max_num_batched_tokens": 64})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from slipstream.records import Completion, Prompt, Rollout
 from slipstream.rollouts.prompts import PromptRenderer
-from slipstream.rollouts.rewards import RewardRunner, load_reward
+from slipstream.rollouts.rewards import RewardRunner
 from slipstream.rollouts.sampler import PromptSampler, Slot, prompt_seed
 
 
@@ -198,4 +198,4 @@ class TestRewards:
 
     def test_something_else_is_not_a_reward(self):
         with pytest.raises(TypeError, match="reward_funcs holds 3"):
-            load_reward(3, None, torch.device("cpu"))
+            RewardRunner([3], [None])

@@ -187,7 +187,8 @@ def test_the_gguf_file_is_found(tmp_path):
 
 
 def test_the_configuration_is_valid(tmp_path, monkeypatch):
-    from slipstream.commands.train import load_reward_function, parse_settings
+    from slipstream.commands.loading import load_reward_function
+    from slipstream.commands.train import parse_settings
     from slipstream.trainers.grpo import GRPOConfig
 
     settings = yaml.safe_load((EXAMPLE / "grpo.yaml").read_text())

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from slipstream.commands import vllm_serve
+
 app = typer.Typer(
     help="Train language models on their own completions, with vLLM doing the generating.",
     no_args_is_help=True,
@@ -18,17 +20,37 @@ app = typer.Typer(
 FREE_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-@app.command(context_settings=FREE_OPTIONS)
-def grpo(
-    context: typer.Context,
-    config: Annotated[Path | None, typer.Option(help="YAML file with the run's settings.")] = None,
-    fields: Annotated[bool, typer.Option("--fields", help="List every setting with its default, and exit.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the settings and the data, and exit.")] = False,
-) -> None:
-    """Train with GRPO. Any setting of the YAML file can be given or overridden as `--field value`."""
-    from slipstream.commands.train import run
+TRAINERS = {
+    "grpo": "Train with GRPO.",
+    "rloo": "Train with RLOO.",
+    "online-dpo": "Train with Online DPO.",
+    "nash-md": "Train with Nash-MD.",
+    "xpo": "Train with XPO.",
+}
 
-    run("grpo", config, context.args, list_fields=fields, dry_run=dry_run)
+
+def _add_trainer(algorithm: str, title: str) -> None:
+    def train(
+        context: typer.Context,
+        config: Annotated[Path | None, typer.Option(help="YAML file with the run's settings.")] = None,
+        fields: Annotated[
+            bool, typer.Option("--fields", help="List every setting with its default, and exit.")
+        ] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the settings and the data, and exit.")] = False,
+    ) -> None:
+        from slipstream.commands.train import run
+
+        run(algorithm, config, context.args, list_fields=fields, dry_run=dry_run)
+
+    help = f"{title} Any setting of the YAML file can be given or overridden as `--field value`."
+    app.command(algorithm, help=help, context_settings=FREE_OPTIONS)(train)
+
+
+for _algorithm, _title in TRAINERS.items():
+    _add_trainer(_algorithm, _title)
+
+
+app.command("vllm-serve", cls=vllm_serve.Command, context_settings=vllm_serve.CONTEXT)(vllm_serve.command())
 
 
 @app.command()

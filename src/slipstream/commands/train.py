@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import yaml
 
 from slipstream.checks import known_names
+from slipstream.commands.loading import load_datasets, load_scorer
 
 
 @dataclasses.dataclass
@@ -39,6 +39,14 @@ class RunConfig:
         default_factory=list,
         metadata={"help": "Names of slipstream.rewards, file.py:function, module.function, or reward models."},
     )
+    judge: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "In the place of reward_funcs (online-dpo, nash-md, xpo): a class of slipstream.judges, or "
+            "file.py:Class."
+        },
+    )
+    judge_kwargs: dict[str, Any] | None = dataclasses.field(default=None, metadata={"help": "Its arguments."})
     use_peft: bool = dataclasses.field(default=False, metadata={"help": "Train a LoRA adapter."})
     lora_r: int = dataclasses.field(default=16, metadata={"help": "Its rank."})
     lora_alpha: int = dataclasses.field(default=32, metadata={"help": "Its scale."})
@@ -59,7 +67,7 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
     try:
         settings = read_settings(config, options)
         run_config, args = parse_settings(settings, config_class)
-        rewards = [load_reward_function(name) for name in run_config.reward_funcs]
+        scorer = load_scorer(run_config, trainer_class)
         train, test = load_datasets(run_config, evaluates=args.eval_strategy != "no" or args.eval_on_start)
     except (ValueError, NotImplementedError, FileNotFoundError) as error:
         sys.exit(f"slipstream {algorithm}: {error}")
@@ -69,7 +77,7 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
 
     trainer = trainer_class(
         model=run_config.model_name_or_path,
-        reward_funcs=rewards,
+        **scorer,
         args=args,
         train_dataset=train,
         eval_dataset=test,
@@ -90,7 +98,7 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
 def _classes(algorithm: str) -> tuple[Any, Any]:
     import slipstream
 
-    names = {"grpo": "GRPO"}
+    names = {"grpo": "GRPO", "rloo": "RLOO", "online-dpo": "OnlineDPO", "nash-md": "NashMD", "xpo": "XPO"}
     name = names[algorithm]
     return getattr(slipstream, f"{name}Trainer"), getattr(slipstream, f"{name}Config")
 
@@ -128,7 +136,7 @@ def parse_settings(settings: dict[str, Any], config_class: Any) -> tuple[RunConf
         own["reward_funcs"] = [own["reward_funcs"]]
     run_config = RunConfig(**own)
     for name in ("model_name_or_path", "dataset_name", "reward_funcs"):
-        if not getattr(run_config, name):
+        if not getattr(run_config, name) and not (name == "reward_funcs" and run_config.judge):
             raise ValueError(f"{name} is missing: give it in the --config file or as --{name}.")
     passed = {
         name: _as_declared(value, str(trainer_fields[name].type)) for name, value in settings.items() if name not in own
@@ -148,6 +156,8 @@ def parse_settings(settings: dict[str, Any], config_class: Any) -> tuple[RunConf
 
 def _as_declared(value: Any, annotation: str) -> Any:
     """What YAML reads otherwise than a setting means it: `1e-5` is a string there, and a bare `no` is false."""
+    if isinstance(value, list):
+        return [_as_declared(one, annotation) for one in value]
     if isinstance(value, str) and "float" in annotation and "str" not in annotation:
         try:
             return float(value)
@@ -156,68 +166,6 @@ def _as_declared(value: Any, annotation: str) -> Any:
     if value is False and "Strategy" in annotation:
         return "no"
     return value
-
-
-def load_reward_function(name: str) -> Any:
-    """A reward function by its name, or the name itself when it is a model's.
-
-    `accuracy_reward` is one of `slipstream.rewards`; `path/to/file.py:function` and `package.module.function` are
-    yours; anything else is taken for a sequence-classification model.
-
-    Raises:
-        ValueError: the file or module has no such function.
-    """
-    from slipstream import rewards
-
-    if ".py:" in name:
-        path, _, function = name.rpartition(":")
-        if not Path(path).is_file():
-            raise ValueError(f"reward_funcs: {name!r}: there is no file {path}.")
-        spec = importlib.util.spec_from_file_location(f"slipstream_reward_{Path(path).stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not hasattr(module, function):
-            raise ValueError(f"reward_funcs: {name!r}: {path} has no function {function!r}.")
-        return getattr(module, function)
-    if name in rewards.__all__:
-        return getattr(rewards, name)
-    parent, _, function = name.rpartition(".")
-    if parent and "/" not in name and not Path(name).exists() and importlib.util.find_spec(parent.split(".")[0]):
-        module = importlib.import_module(parent)
-        if not hasattr(module, function):
-            raise ValueError(f"reward_funcs: {name!r}: module {parent} has no function {function!r}.")
-        return getattr(module, function)
-    if "/" not in name and not Path(name).exists():
-        known_names("reward function", [name], rewards.__all__)
-    return name
-
-
-def load_datasets(config: RunConfig, *, evaluates: bool) -> tuple[Any, Any]:
-    """The training rows, and the test rows if there are any and they are asked for."""
-    from datasets import load_dataset
-
-    path = Path(config.dataset_name)
-    splits = [config.dataset_train_split, *([config.dataset_test_split] if evaluates else [])]
-    if not path.exists():
-        loaded = load_dataset(config.dataset_name, config.dataset_config)
-        known_names(f"split of dataset {config.dataset_name!r}", splits, list(loaded))
-        return loaded[splits[0]], loaded[splits[1]] if evaluates else None
-    files = {}
-    for split in splits:
-        found = [path] if path.is_file() else [p for p in sorted(path.glob(f"{split}.*")) if p.suffix in FORMATS]
-        if not found or (path.is_file() and split != splits[0]):
-            raise ValueError(
-                f"dataset_name={config.dataset_name!r}: there is no {split!r} split ({split}.jsonl, .json, .csv or "
-                ".parquet). Set dataset_train_split and dataset_test_split, or eval_strategy: 'no'."
-            )
-        files[split] = str(found[0])
-    loaded = load_dataset(FORMATS[Path(files[splits[0]]).suffix], data_files=files)
-    return loaded[splits[0]], loaded[splits[1]] if evaluates else None
-
-
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def _adapter(config: RunConfig) -> Any:
@@ -235,8 +183,19 @@ def _adapter(config: RunConfig) -> Any:
 
 
 def _evaluations(trainer: Any) -> list[dict[str, Any]]:
-    name = f"eval_rewards/{trainer.rewards.names[0]}/mean"
-    return [entry for entry in trainer.state.log_history if name in entry]
+    return [entry for entry in trainer.state.log_history if _result(trainer)[0] in entry]
+
+
+def _result(trainer: Any) -> tuple[str, str]:
+    """Name of the metric that says what a run has achieved, and what it is called."""
+    if trainer.rewards.names:
+        name = trainer.rewards.names[0]
+        # Rewards of 0 and 1 are right and wrong answers; their mean is an accuracy.
+        return f"eval_rewards/{name}/mean", "accuracy" if trainer.rewards_are_binary else f"reward ({name})"
+    if trainer.uses_probabilities:
+        return "eval_rewards/probabilities", "win rate against the opponent"
+    # How often the policy prefers what the judge prefers.
+    return "eval_rewards/accuracies", "agreement with the judge"
 
 
 def _evaluated_last(trainer: Any) -> bool:
@@ -250,9 +209,7 @@ def _conclude(trainer: Any, seconds: float, steps: int) -> None:
     summary: dict[str, Any] = {"steps": steps, "duration": seconds, "tokens": trainer.state.num_input_tokens_seen}
     line = f"trained {steps} steps in {seconds:.0f} s"
     if evaluations:
-        name = f"eval_rewards/{trainer.rewards.names[0]}/mean"
-        # Rewards of 0 and 1 are right and wrong answers; their mean is an accuracy.
-        kind = "accuracy" if trainer.rewards_are_binary else f"reward ({trainer.rewards.names[0]})"
+        name, kind = _result(trainer)
         found = {"after": evaluations[-1][name]}
         if evaluations[0]["step"] == 0:
             found = {"before": evaluations[0][name]} | found
@@ -272,7 +229,9 @@ def _print_fields(config_class: Any) -> None:
     table = Table("setting", "default", "meaning", title=f"Settings of {config_class.__name__}")
     for source in (RunConfig, config_class):
         for field in sorted(dataclasses.fields(source), key=lambda f: f.name):
-            default = field.default if field.default is not dataclasses.MISSING else ""
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
             help = " ".join(str(field.metadata.get("help", "")).split())
             table.add_row(field.name, str(default), help[:200])
     Console().print(table)

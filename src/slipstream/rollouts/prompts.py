@@ -33,13 +33,16 @@ class PromptRenderer:
         Raises:
             ValueError: there is no chat template for a conversation, or the prompt is of no known form or empty.
         """
-        prompt = row["prompt"]
+        return Prompt(ids=self.encode(row["prompt"], f"row {index} of the dataset"), row=row, index=index)
+
+    def encode(self, prompt: Any, where: str) -> list[int]:
+        """Token ids of a string or of messages, as `render` makes them; `where` names the prompt in errors."""
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
         elif is_conversational(prompt):
             if getattr(self.tokenizer, "chat_template", None) is None:
                 raise ValueError(
-                    f"row {index} of the dataset holds chat messages, but the tokenizer has no chat template: set "
+                    f"{where} holds chat messages, but the tokenizer has no chat template: set "
                     "tokenizer.chat_template, or give prompts as strings."
                 )
             continues = prompt[-1]["role"] == "assistant"
@@ -53,12 +56,12 @@ class PromptRenderer:
             )
         else:
             raise ValueError(
-                f"row {index} of the dataset: prompt={prompt!r} is neither a string nor a list of messages "
+                f"{where}: prompt={prompt!r} is neither a string nor a list of messages "
                 '({"role": ..., "content": ...}).'
             )
         if not ids:
-            raise ValueError(f"row {index} of the dataset: the prompt has no tokens.")
-        return Prompt(ids=list(ids), row=row, index=index)
+            raise ValueError(f"{where}: the prompt has no tokens.")
+        return list(ids)
 
     def text(self, prompt: Prompt) -> str:
         """A prompt as people read it: the string, or the last message of the conversation."""

@@ -42,13 +42,7 @@ class RewardRunner:
         self.functions = list(functions)
         self.tokenizers = list(tokenizers)
         self.timeout = timeout
-        self.names = [_name(f) for f in self.functions]
-        duplicates = {n for n in self.names if self.names.count(n) > 1}
-        if duplicates:
-            raise ValueError(
-                f"two reward functions have the same name {sorted(duplicates)}: their metrics would be mixed up. Give "
-                "each its own __name__."
-            )
+        self.names = reward_names(self.functions)
 
     def score(
         self,
@@ -91,16 +85,34 @@ class RewardRunner:
             for i, result in zip(waiting, results, strict=True):
                 values[i] = result
         columns = [_checked(name, v, len(rollouts)) for name, v in zip(self.names, values, strict=True)]
-        for rollout, rewards in zip(rollouts, zip(*columns, strict=True), strict=True):
-            rollout.rewards = list(rewards)
+        for i, rollout in enumerate(rollouts):
+            rollout.rewards = [column[i] for column in columns]
+
+
+def reward_names(functions: Sequence[Any]) -> list[str]:
+    """What the entries of `reward_funcs` are called in metrics.
+
+    Raises:
+        TypeError: one is neither callable nor the name of a model.
+        ValueError: two have the same name.
+    """
+    for function in functions:
+        if not callable(function) and not isinstance(function, str):
+            raise TypeError(
+                f"reward_funcs holds {function!r}: each must be a function, a coroutine function, a model, or its name."
+            )
+    names = [_name(function) for function in functions]
+    duplicates = {name for name in names if names.count(name) > 1}
+    if duplicates:
+        raise ValueError(
+            f"two reward functions have the same name {sorted(duplicates)}: their metrics would be mixed up. Give "
+            "each its own __name__."
+        )
+    return names
 
 
 def load_reward(function: Any, tokenizer: Any, device: torch.device) -> tuple[RewardFunction | nn.Module, Any]:
-    """Resolve one entry of `reward_funcs`: a name loads a sequence-classification model and its tokenizer.
-
-    Raises:
-        TypeError: it is neither callable nor a name.
-    """
+    """Resolve one entry of `reward_funcs`: a name loads a sequence-classification model and its tokenizer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if isinstance(function, str):
@@ -113,17 +125,13 @@ def load_reward(function: Any, tokenizer: Any, device: torch.device) -> tuple[Re
             tokenizer.pad_token = tokenizer.eos_token
         config.pad_token_id = tokenizer.pad_token_id
         return function.to(device).eval(), tokenizer
-    if not callable(function):
-        raise TypeError(
-            f"reward_funcs holds {function!r}: each must be a function, a coroutine function, a model, or its name."
-        )
     return function, None
 
 
 def _name(function: Any) -> str:
-    if isinstance(function, nn.Module):
-        config: Any = function.config
-        return str(config._name_or_path).rstrip("/").split("/")[-1] or type(function).__name__
+    if isinstance(function, nn.Module | str):
+        path = function if isinstance(function, str) else str(function.config._name_or_path)  # type: ignore[union-attr]
+        return path.rstrip("/").split("/")[-1] or type(function).__name__
     while hasattr(function, "func"):  # functools.partial
         function = function.func
     return getattr(function, "__name__", type(function).__name__)

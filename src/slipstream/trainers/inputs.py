@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from slipstream.config import OnlineConfig
 from slipstream.rollouts.prompts import PromptRenderer
+from slipstream.rollouts.rewards import reward_names
 from slipstream.rollouts.sampler import PromptSampler
 
 
@@ -78,11 +79,16 @@ def check_datasets(name: str, dataset: Any) -> None:
         )
 
 
-def reward_lists(reward_funcs: Any, tokenizers: Any, args: OnlineConfig) -> tuple[list[Any], list[Any]]:
-    """`reward_funcs` and `reward_processing_classes` as lists of the same length."""
+def reward_lists(
+    reward_funcs: Any, tokenizers: Any, args: OnlineConfig, judge: Any = None
+) -> tuple[list[Any], list[Any]]:
+    """`reward_funcs` and `reward_processing_classes` as lists of the same length; empty ones where a judge compares."""
+    if judge is not None:
+        return [], []
     functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     if reward_funcs is None or not functions:
         raise ValueError("reward_funcs is missing: pass a function, a reward model, or a list of them.")
+    reward_names(functions)  # complains about what cannot be one before a model is loaded
     tokenizers = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(functions)
     if len(tokenizers) != len(functions):
         raise ValueError(
@@ -94,10 +100,18 @@ def reward_lists(reward_funcs: Any, tokenizers: Any, args: OnlineConfig) -> tupl
     return functions, tokenizers
 
 
-def longest_sequence(model: Any, config: OnlineConfig) -> int | None:
-    """Tokens that prompt and completion may have together: the engine's limit, else the model's; None: unknown."""
+def longest_sequence(model: Any, config: OnlineConfig) -> tuple[int, str] | None:
+    """Tokens that prompt and completion may have together, and whose limit that is; None: unknown."""
+    found: list[tuple[int | None, str]]
     if config.use_vllm and config.vllm_max_model_length is not None:
-        return config.vllm_max_model_length
+        found = [(config.vllm_max_model_length, "vllm_max_model_length")]
+    else:
+        found = [(_model_limit(model, config), "the model's limit")]
+    found.append((getattr(config, "max_length", None), "max_length"))
+    return min(((limit, name) for limit, name in found if limit is not None), default=None)
+
+
+def _model_limit(model: Any, config: OnlineConfig) -> int | None:
     if isinstance(model, str):
         options: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
         model_config = AutoConfig.from_pretrained(
@@ -108,7 +122,9 @@ def longest_sequence(model: Any, config: OnlineConfig) -> int | None:
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
-def fitting_rows(name: str, dataset: Any, renderer: PromptRenderer, longest: int | None, config: OnlineConfig) -> Any:
+def fitting_rows(
+    name: str, dataset: Any, renderer: PromptRenderer, longest: tuple[int, str] | None, config: OnlineConfig
+) -> Any:
     """The rows of `dataset` (or of each of a dict of them) whose prompts leave room for `max_completion_length`.
 
     Raises:
@@ -118,18 +134,18 @@ def fitting_rows(name: str, dataset: Any, renderer: PromptRenderer, longest: int
         return dataset
     if isinstance(dataset, dict):
         return {key: fitting_rows(f"{name}[{key!r}]", one, renderer, longest, config) for key, one in dataset.items()}
-    room = longest - config.max_completion_length
+    limit, limited_by = longest
+    room = limit - config.max_completion_length
     # Other columns may be costly to read (images).
     prompts = dataset.select_columns("prompt") if hasattr(dataset, "select_columns") else dataset
     lengths = [len(renderer.render(prompts[row], row).ids) for row in range(len(prompts))]
     too_long = [row for row, length in enumerate(lengths) if length > room]
     if not too_long:
         return dataset
-    limit = "vllm_max_model_length" if config.use_vllm and config.vllm_max_model_length else "the model's limit"
     found = (
         f"{name}: {len(too_long)} of {len(lengths)} prompts are too long: row {too_long[0]} has "
         f"{lengths[too_long[0]]} tokens, and with max_completion_length={config.max_completion_length} that is more "
-        f"than {limit} of {longest}"
+        f"than {limited_by} of {limit}"
     )
     if config.overlong_prompts == "error":
         raise ValueError(

@@ -12,11 +12,19 @@ from slipstream.checks import one_of
 from slipstream.config import OnlineConfig
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+# LoRA's ways to begin which do not change the weights below it.
+NEUTRAL_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def load_policy(model: str | nn.Module, config: OnlineConfig, quantization_config: Any = None) -> nn.Module:
     """The model to train: `model` itself, or the causal language model of that name or folder, float32 by default."""
     options = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+    if quantization_config is not None and (not isinstance(model, str) or "quantization_config" in options):
+        given = "model_init_kwargs holds one too" if isinstance(model, str) else f"model is a {type(model).__name__}"
+        raise ValueError(
+            f"quantization_config is for loading a model by its name, and {given}: give it in one place, where the "
+            "model is loaded."
+        )
     if not isinstance(model, str):
         if options:
             raise ValueError(
@@ -50,6 +58,11 @@ def load_tokenizer(processing_class: Any, model: str | nn.Module, config: Online
             name, revision=options.get("revision", "main"), trust_remote_code=config.trust_remote_code
         )
     tokenizer = text_tokenizer(processing_class)
+    if not hasattr(tokenizer, "eos_token"):
+        raise TypeError(
+            f"processing_class={processing_class!r} is neither a tokenizer nor a processor: pass what "
+            "AutoTokenizer.from_pretrained returns, or None for the model's own."
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither a pad_token nor an eos_token: set tokenizer.pad_token.")
@@ -62,25 +75,56 @@ def text_tokenizer(processing_class: Any) -> Any:
     return getattr(processing_class, "tokenizer", processing_class)
 
 
-def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    """Wrap `model` in a PEFT adapter; its other parameters are frozen."""
+def check_adapter(model: str | nn.Module, peft_config: Any) -> None:
+    """Raise an error unless `peft_config` is None or can be put on `model`, as far as that shows beforehand."""
+    if peft_config is None:
+        return
     try:
-        from peft import PeftModel, get_peft_model
+        from peft import PeftConfig
     except ImportError as error:
         raise ImportError("peft_config was given, but peft is not installed: pip install 'slipstream[peft]'") from error
-    if isinstance(model, PeftModel):
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config={peft_config!r} is not a peft.PeftConfig, such as peft.LoraConfig(...).")
+    if hasattr(model, "disable_adapter"):
         raise ValueError("peft_config was given, but the model has an adapter already: pass one or the other.")
+
+
+def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    """Wrap `model` in a PEFT adapter; its other parameters are frozen."""
+    from peft import get_peft_model
+
     return get_peft_model(model, peft_config)
 
 
-def load_reference(model: str | nn.Module, policy: nn.Module, config: OnlineConfig) -> nn.Module | None:
-    """The initial policy, frozen; None when the policy is a new adapter, whose reference is inside (adapter off)."""
+def load_reference(
+    model: str | nn.Module,
+    policy: nn.Module,
+    config: OnlineConfig,
+    given: nn.Module | None = None,
+    quantization_config: Any = None,
+) -> nn.Module | None:
+    """The reference, frozen: the model that is given for it, or the initial policy.
+
+    None when that is inside the policy, which is a new adapter on top of it (adapter off).
+    """
+    if given is not None:
+        return given.requires_grad_(False).eval()
     # An adapter that came with the model may have been trained already: its base is not the initial policy.
-    if hasattr(policy, "disable_adapter") and not hasattr(model, "disable_adapter"):
+    if hasattr(policy, "disable_adapter") and not hasattr(model, "disable_adapter") and _leaves_base_alone(policy):
         return None
     # A fresh copy of the same file is cheaper than a copy in memory, and right even if the policy was resumed.
-    reference = load_policy(model, config) if isinstance(model, str) else copy.deepcopy(policy)
+    reference = load_policy(model, config, quantization_config) if isinstance(model, str) else copy.deepcopy(policy)
     return reference.requires_grad_(False).eval()
+
+
+def _leaves_base_alone(policy: Any) -> bool:
+    """Whether the model below a new adapter is, and stays, what it was without one."""
+    adapters = policy.peft_config.values()
+    # Biases are trained in place. PiSSA and its like take out of the weights what the adapter begins with.
+    return all(
+        getattr(adapter, "bias", "none") == "none" and getattr(adapter, "init_lora_weights", True) in NEUTRAL_INITS
+        for adapter in adapters
+    )
 
 
 def end_of_sequence_ids(model: nn.Module, tokenizer: Any) -> set[int]:

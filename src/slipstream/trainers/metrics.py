@@ -113,7 +113,8 @@ class Clock:
 
 
 def reward_metrics(rewards_RF: Tensor, weights_F: Tensor, names: Sequence[str], group_size: int) -> dict[str, float]:
-    """Means and standard deviations of the rewards of all ranks: in sum, and by function.
+    """Means and standard deviations of the rewards of all ranks: in sum, and by function; and the share of prompts
+    whose completions differ in nothing, if there are several of each.
 
     Args:
         rewards_RF: Rewards by function (NaN: not scored), the `group_size` completions of a prompt side by side.
@@ -122,12 +123,10 @@ def reward_metrics(rewards_RF: Tensor, weights_F: Tensor, names: Sequence[str], 
         group_size: Completions of each prompt.
     """
     total_R = combine_rewards(rewards_RF, weights_F)
-    stds = nanstd(total_R.view(-1, group_size), dim=1)
-    metrics = {
-        "reward": total_R.nanmean(),
-        "reward_std": nanstd(total_R, dim=0),
-        "frac_reward_zero_std": torch.isclose(stds, torch.zeros_like(stds)).float().mean(),
-    }
+    metrics = {"reward": total_R.nanmean(), "reward_std": nanstd(total_R, dim=0)}
+    if group_size > 1:
+        stds = nanstd(total_R.view(-1, group_size), dim=1)
+        metrics["frac_reward_zero_std"] = torch.isclose(stds, torch.zeros_like(stds)).float().mean()
     for i, name in enumerate(names):
         metrics[f"rewards/{name}/mean"] = rewards_RF[:, i].nanmean()
         metrics[f"rewards/{name}/std"] = nanstd(rewards_RF[:, i], dim=0)

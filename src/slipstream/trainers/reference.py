@@ -17,7 +17,7 @@ class ReferenceSync(TrainerCallback):
     """
 
     def __init__(self, trainer: Any) -> None:
-        if trainer.reference is None:
+        if hasattr(trainer.model, "disable_adapter") and not hasattr(trainer.reference, "disable_adapter"):
             raise ValueError(
                 "sync_ref_model=True does not go with an adapter: its reference is the frozen base model, which cannot "
                 "move. Set sync_ref_model=False."

@@ -1,0 +1,133 @@
+"""`slipstream rloo`, `online-dpo`, `nash-md` and `xpo`: one implementation, and judges by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+import slipstream
+from slipstream.commands.loading import load_judge, load_scorer
+from slipstream.commands.main import TRAINERS
+from slipstream.commands.train import _classes, parse_settings
+
+NEEDED = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
+JUDGE = """
+from slipstream.judges import BasePairwiseJudge
+
+class Digits(BasePairwiseJudge):
+    def __init__(self, at_least=0):
+        self.at_least = at_least
+
+    def judge(self, prompts, completions, shuffle_order=True):
+        counts = [[sum(c.isdigit() for c in text) for text in pair] for pair in completions]
+        return [-1 if max(pair) < self.at_least else int(pair[1] > pair[0]) for pair in counts]
+"""
+
+
+def slipstream_command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "slipstream", *map(str, arguments)], capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.fixture
+def judge(tmp_path):
+    (tmp_path / "judge.py").write_text(JUDGE)
+    return f"{tmp_path / 'judge.py'}:Digits"
+
+
+@pytest.fixture
+def settings(tiny_model, tmp_path):
+    for split in ("train", "test"):
+        rows = [json.dumps({"prompt": f"{a}+{b}=", "solution": str(a + b)}) for a in range(4) for b in range(4)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    file = tmp_path / "run.yaml"
+    file.write_text(f"""
+model_name_or_path: {tiny_model}
+dataset_name: {tmp_path}
+output_dir: {tmp_path / "out"}
+max_steps: 2
+max_completion_length: 8
+gradient_checkpointing: false
+eval_strategy: steps
+eval_steps: 2
+eval_on_start: true
+report_to: none
+""")
+    return file
+
+
+def test_every_trainer_has_a_command():
+    for algorithm in TRAINERS:
+        trainer, config = _classes(algorithm)
+        assert trainer.config_class is config
+        assert trainer.__name__ in slipstream.__all__
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "xpo"])
+def test_a_run_by_rewards(settings, tmp_path, algorithm):
+    (tmp_path / "reward.py").write_text(
+        "def right(completions, **_):\n    return [float('1' in c) for c in completions]\n"
+    )
+    done = slipstream_command(algorithm, "--config", settings, "--reward_funcs", f"{tmp_path / 'reward.py'}:right")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.fullmatch(r"held-out accuracy [01]\.\d\d -> [01]\.\d\d in \d+ s", done.stdout.strip().splitlines()[-1])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "result"), [("online-dpo", "agreement with the judge"), ("nash-md", "win rate against the opponent")]
+)
+def test_a_run_by_a_judge(settings, judge, tmp_path, algorithm, result):
+    done = slipstream_command(algorithm, "--config", settings, "--judge", judge, "--judge_kwargs", "{at_least: 1}",
+                              "--beta", "[1e-1, 2e-1]")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = done.stdout.strip().splitlines()[-1]
+    assert re.fullmatch(rf"held-out {result} [01]\.\d\d -> [01]\.\d\d in \d+ s", line), line
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    name = "eval_rewards/probabilities" if algorithm == "nash-md" else "eval_rewards/accuracies"
+    found = [f"{entry[name]:.2f}" for entry in history if name in entry]
+    assert re.findall(r"[01]\.\d\d", line) == [found[0], found[-1]]
+
+
+class TestScorer:
+    def scorer(self, algorithm, **settings):
+        trainer, config = _classes(algorithm)
+        return load_scorer(parse_settings(NEEDED | settings, config)[0], trainer)
+
+    def test_numbers_in_lists_are_numbers(self):
+        _, args = parse_settings(NEEDED | {"reward_funcs": "r", "alpha": ["1e-5", "2e-5"]}, slipstream.XPOConfig)
+        assert args.alpha == [1e-5, 2e-5]
+
+    def test_one_of_ours(self):
+        assert load_judge("RewardFunctionJudge").__name__ == "RewardFunctionJudge"
+        with pytest.raises(ValueError, match="did you mean 'OpenAIPairwiseJudge'"):
+            load_judge("OpenAIPairwiseJudg")
+        with pytest.raises(ValueError, match="unknown judge: 'BasePairwiseJudge'"):
+            load_judge("BasePairwiseJudge")
+
+    def test_a_judge_in_a_file(self, judge):
+        made = self.scorer("nash-md", judge=judge, judge_kwargs={"at_least": 3})["judge"]
+        assert made.at_least == 3
+        with pytest.raises(ValueError, match=r"judge: .*judge\.py has no class 'Other'"):
+            load_judge(judge.replace("Digits", "Other"))
+        with pytest.raises(ValueError, match=r"judge_kwargs of Digits: 'at_leest' \(did you mean 'at_least'"):
+            self.scorer("nash-md", judge=judge, judge_kwargs={"at_leest": 3})
+        with pytest.raises(ValueError, match="judge_kwargs lacks function, which RewardFunctionJudge needs"):
+            self.scorer("nash-md", judge="RewardFunctionJudge")
+
+    def test_rewards_and_a_judge(self, judge):
+        with pytest.raises(ValueError, match="are both given: set one"):
+            self.scorer("xpo", judge=judge, reward_funcs="accuracy_reward")
+
+    def test_rloo_takes_no_judge(self, judge):
+        with pytest.raises(ValueError, match="RLOOTrainer takes no judge"):
+            self.scorer("rloo", judge=judge)
+
+    def test_one_of_them_is_needed(self):
+        with pytest.raises(ValueError, match="reward_funcs is missing"):
+            self.scorer("xpo")

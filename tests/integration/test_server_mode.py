@@ -1,0 +1,108 @@
+"""Training against `slipstream vllm-serve`: the same run as in colocate mode, on one rank and on several."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from serving.servers import start_server
+
+SCRIPT = Path(__file__).parents[1] / "distributed" / "run_grpo.py"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model):
+    started = start_server(tiny_model)
+    yield started
+    started.stop()
+
+
+def train(model, folder, server=None, ranks=1, **settings):
+    """Train two steps; return the saved tensors and rank 0's log."""
+    folder.mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"}
+    if server is not None:
+        environment["SLIPSTREAM_API_KEY"] = server.key
+        settings |= {"vllm_mode": "server", "vllm_server_base_url": server.url, "vllm_server_timeout": 30}
+    settings = {"max_steps": 2, "use_cpu": True, "per_device_train_batch_size": 12 // ranks} | settings
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+        str(SCRIPT), str(model), str(folder), json.dumps(settings),
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return load_file(folder / "model.safetensors"), json.loads((folder / "rank0.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def colocated(tiny_model, tmp_path_factory):
+    return train(tiny_model, tmp_path_factory.mktemp("colocated") / "run")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_against_a_server_learns_what_a_colocated_one_does(tiny_model, tmp_path, server, colocated, ranks):
+    tensors, history = train(tiny_model, tmp_path / "run", server, ranks)
+    for name, value in colocated[0].items():
+        assert (tensors[name] - value).abs().max() < 1e-5, name
+    # Sampled and greedy (evaluation) rewards, before and after the weights went through shared memory.
+    for name in ("reward", "reward_std", "completions/mean_length", "num_tokens", "eval_reward"):
+        expected = [entry[name] for entry in colocated[1] if name in entry]
+        assert [entry[name] for entry in history if name in entry] == pytest.approx(expected, abs=1e-5), name
+    assert max(e["sampling/sampling_logp_difference/max"] for e in history if "loss" in e) < 1e-4
+    assert all(e["sync/bytes"] > 0 for e in history if "sync/bytes" in e)
+    assert any("sync/bytes" in e for e in history)
+
+
+def trainer(model, folder, server, **settings):
+    from datasets import Dataset
+
+    from slipstream import GRPOConfig, GRPOTrainer
+
+    rows = [{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)]
+    args = GRPOConfig(
+        str(folder), use_vllm=True, vllm_mode="server", vllm_server_base_url=server.url, max_steps=2, num_generations=4,
+        per_device_train_batch_size=8, max_completion_length=8, vllm_max_model_length=64, report_to=[], logging_steps=1,
+        save_strategy="no", disable_tqdm=True, html_report=False, gradient_checkpointing=False, **settings,
+    )  # fmt: skip
+    return GRPOTrainer(str(model), lambda completions, **_: [float(len(c)) for c in completions], args,
+                       Dataset.from_list(rows))  # fmt: skip
+
+
+def test_the_server_serves_the_trainers_version(tiny_model, tmp_path, server, monkeypatch):
+    monkeypatch.setenv("SLIPSTREAM_API_KEY", server.key)
+    made = trainer(tiny_model, tmp_path, server)
+    made.train()
+    made.push_weights()
+    assert made.engine.version == 2
+    from slipstream import VLLMClient
+
+    with VLLMClient(base_url=server.url) as client:
+        assert client.server_info().version == 2
+        # The last weights of the run, as transformers computes them.
+        prompt = made.renderer.render({"prompt": "3+4="}, 0).ids
+        answer = client.generate([prompt], max_tokens=8, temperature=0.0)
+    ids = torch.tensor([prompt])
+    made.model.eval()
+    expected = made.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert answer["completion_ids"][0] == expected[0, len(prompt) :].tolist()
+    made.close()
+
+
+def test_a_server_that_is_too_short_is_refused_at_the_start(tiny_model, tmp_path, server, monkeypatch):
+    monkeypatch.setenv("SLIPSTREAM_API_KEY", server.key)
+    from slipstream.generation.server import ServerEngine
+
+    with pytest.raises(ValueError, match=r"vllm_max_model_length=1024, but the server .* --max-model-len 256"):
+        ServerEngine(server.url, device=torch.device("cpu"), timeout=10, max_model_len=1024)
+
+
+def test_a_wrong_key_is_refused_at_once(tiny_model, tmp_path, server, monkeypatch):
+    monkeypatch.setenv("SLIPSTREAM_API_KEY", "not-the-key-of-this-server")
+    with pytest.raises(PermissionError, match="SLIPSTREAM_API_KEY"):
+        trainer(tiny_model, tmp_path, server)
