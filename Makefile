@@ -6,10 +6,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup peer parity quickstart test lint format typecheck lock clean distclean
+.PHONY: help setup peer parity quickstart quickstart-server test lint format typecheck lock clean distclean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the locked CPU versions (Linux x86-64, Python >= 3.11)
 
@@ -22,10 +22,13 @@ peer: ## make .venv-peer, with TRL beside the project, for `make parity`
 
 parity: ## compare losses and gradients with TRL's and write docs/parity.md
 	@test -x .venv-peer/bin/python || { echo "there is no .venv-peer: make peer" >&2; exit 1; }
-	@.venv-peer/bin/python benchmarks/parity/grpo.py $(ARGS)
+	@for trainer in grpo rloo online_dpo; do .venv-peer/bin/python benchmarks/parity/$$trainer.py $(ARGS) || exit 1; done
 
 quickstart: setup ## train a small chat model on arithmetic with GRPO and vLLM
 	@$(BIN)/slipstream grpo --config examples/quickstart/grpo.yaml $(ARGS)
+
+quickstart-server: setup ## the same with vLLM in a server of its own
+	@$(BIN)/python examples/quickstart/with_server.py $(ARGS)
 
 test: setup ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
