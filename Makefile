@@ -1,7 +1,8 @@
 # Everything runs in .venv, which `setup` makes once. PYTHON=python3.12 chooses another interpreter for it,
-# ARGS="..." is passed on: make test ARGS="tests/unit -x".
+# ARGS="..." is passed on: make test ARGS="tests/unit -x". WORKERS=0 runs the tests one after the other.
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -30,8 +31,9 @@ quickstart: setup ## train a small chat model on arithmetic with GRPO and vLLM
 quickstart-server: setup ## the same with vLLM in a server of its own
 	@$(BIN)/python examples/quickstart/with_server.py $(ARGS)
 
+# A file stays on one worker, which starts its engines and servers once. Folders with long files come first.
 test: setup ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup ## look for mistakes and for unformatted files
 	@$(BIN)/ruff check .

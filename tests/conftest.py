@@ -1,16 +1,39 @@
-"""Shared fixtures. Thread settings come before torch is imported: an engine and a trainer share two cores here."""
+"""Shared fixtures. Thread settings come before torch is imported: several processes share two cores here."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import tiny
+import torch
+
+from slipstream.generation import guest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_as_it_was():
+    """A module whose engine stays a part of the process fails here, not what runs after it elsewhere."""
+    before = _settings()
+    yield
+    now = _settings()
+    changed = [f"{name} was {before[name]} and is {now[name]}" for name in before if now[name] != before[name]]
+    assert not changed, f"left in this process: {'; '.join(changed)}. Start an engine inside a Guest"
+
+
+def _settings():
+    """What torch does in this process, by name."""
+    found = {
+        f"{owner.__name__}.{name}": getattr(owner, name)
+        for owner, name in guest._attributes_an_engine_may_replace()
+        if name != "set_stream"  # vLLM wraps it when it is imported
+    }
+    return found | {"threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}
 
 
 @pytest.fixture(scope="session")

@@ -19,21 +19,26 @@ METRICS = {
 }
 
 
-def launch(model, folder, ranks, prompts):
+def start(model, folder, ranks, prompts):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"}
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
         str(SCRIPT), str(model), str(folder), str(prompts),
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture(scope="module")
 def folders(tiny_model, tmp_path_factory):
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    launch(tiny_model, one, 1, 6)
-    launch(tiny_model, two, 2, 3)
+    runs = [start(tiny_model, one, 1, 6), start(tiny_model, two, 2, 3)]  # at the same time: much of it is imports
+    try:
+        for run in runs:
+            output = run.communicate(timeout=400)[0]
+            assert run.returncode == 0, output[-4000:]
+    finally:
+        for run in runs:
+            run.kill()
     return one, two
 
 

@@ -49,7 +49,7 @@ class Sampling(Generating):
     def _engine_ready(self):
         return contextlib.nullcontext()
 
-    def ask_engine(self, requests, sampling):
+    def ask_engine(self, requests, sampling, on_finished=None):
         self.calls += 1
         if self.unlucky and self.calls == 1:
             raise EngineLostError("no answer")

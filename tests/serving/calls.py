@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import httpx
+import servers
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -18,10 +19,17 @@ LONG = {"ignore_eos": True}  # completions of exactly max_tokens tokens
 
 
 def call(server, method, path, message=None, kind=None, **options):
-    """The answer as a `kind`, or the response itself if it is an error or `kind` is None."""
+    """The answer as a `kind`, or the response itself if it is an error or `kind` is None.
+
+    Raises:
+        AssertionError: the server is gone, or going; its output is the message.
+    """
     headers = {**server.headers, "content-type": wire.MSGPACK, "accept": wire.MSGPACK}
     content = wire.encode(message) if message is not None else options.pop("content", None)
-    answer = CLIENT.request(method, server.url + path, content=content, headers=headers, **options)
+    try:
+        answer = CLIENT.request(method, server.url + path, content=content, headers=headers, **options)
+    except httpx.TransportError as error:
+        raise AssertionError(f"{method} {path}: {error!r}; {servers.account(server)}") from error
     return answer if kind is None or answer.status_code != 200 else wire.decode(answer.content, kind)
 
 

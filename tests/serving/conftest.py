@@ -1,9 +1,8 @@
-"""One server for all tests of this folder that do not end one, and the others, which start while it is used."""
+"""One server for all tests of this folder that do not end one, and one for each module that needs its own."""
 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import calls
 import pytest
@@ -11,7 +10,7 @@ import servers
 import tiny
 
 IDLE_SECONDS = 6
-# By module, in the order of their use.
+# Options of a module's own server.
 OTHERS = {
     "test_client.py": (),
     "test_reference.py": ("--reference",),
@@ -29,36 +28,22 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def server(tiny_model, request):
+def server(tiny_model):
     """A server with one replica, which leaves nothing behind when it ends.
 
     Its weights are the checkpoint's unless a test changes them.
     """
     started = servers.start_server(tiny_model)
-    request.getfixturevalue("others")
     yield started
     reply = calls.begin(started, 1, calls.weights(tiny_model, 1)[1])
     started.stop()
     assert not os.path.exists(reply.path)
 
 
-@pytest.fixture(scope="session")
-def others(tiny_model, request):
-    """Futures of the servers that a module has to itself, by module. One after the other is started."""
-    modules = {item.path.name for item in request.session.items}
-    with ThreadPoolExecutor(1) as pool:
-        started = {
-            name: pool.submit(servers.start_server, tiny_model, *options)
-            for name, options in OTHERS.items()
-            if name in modules
-        }
-        yield started
-        for future in started.values():
-            if future.result().process.poll() is None:
-                future.result().stop()
-
-
 @pytest.fixture(scope="module")
-def own_server(others, request):
+def own_server(tiny_model, request):
     """The server that this module has to itself."""
-    return others[request.path.name].result()
+    started = servers.start_server(tiny_model, *OTHERS[request.path.name])
+    yield started
+    if started.process.poll() is None:
+        started.stop()

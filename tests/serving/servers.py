@@ -52,7 +52,7 @@ class Server:
 
     def replica(self, index: int) -> psutil.Process:
         """The process that is replica `index` now."""
-        [found] = [child for child in self.replicas() if child.cmdline()[-1].endswith(f"/{index}.sock")]
+        [found] = [child for child in self.replicas() if " ".join(child.cmdline()).endswith(f"/{index}.sock")]
         return found
 
     def output(self) -> str:
@@ -141,6 +141,15 @@ def until(condition: Callable[[], T], timeout: float, server: Server, alive: boo
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout} s in vain; the server's output:\n{server.output()}")
         time.sleep(0.1)
+
+
+def account(server: Server, patience: float = 5) -> str:
+    """Whether it runs, once one that is ending has had `patience` seconds for that, and its output."""
+    try:
+        state = f"ended with code {server.process.wait(patience)}"
+    except subprocess.TimeoutExpired:
+        state = "runs"
+    return f"the server {state}:\n{server.output()}"
 
 
 def healthy(server: Server) -> bool:

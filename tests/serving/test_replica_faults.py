@@ -11,6 +11,7 @@ import torch.distributed as dist
 from integration import engines
 from replica_client import ENGINE, OFFSET, completions, prompt, shared_file
 
+from slipstream.generation.guest import Guest
 from slipstream.serving import replica, wire
 from slipstream.weights.buckets import specs_of
 from slipstream.weights.export import named_tensors
@@ -61,6 +62,13 @@ class Parts:
         async with asyncio.timeout(30):
             while not any(tokens_so_far(self.engine).values()):
                 await asyncio.sleep(0.005)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def guest():
+    """A replica owns its process and may do with it as it likes. This one is the tests'."""
+    with Guest().inside():
+        yield
 
 
 @pytest.fixture(scope="module")

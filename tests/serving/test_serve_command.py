@@ -9,14 +9,16 @@ import socket
 import stat
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
 
 from slipstream.commands import vllm_serve
+from slipstream.serving import shared_file
 from slipstream.serving.replicas import device_slices
 from slipstream.serving.settings import Settings
-from slipstream.serving.shared_file import FOLDER, SharedFile, remove_abandoned
+from slipstream.serving.shared_file import SharedFile, remove_abandoned
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -216,6 +218,12 @@ class TestDevices:
 
 
 class TestSharedFiles:
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path, monkeypatch):
+        """In place of /dev/shm, where other tests' servers have files, and remove what dead ones left."""
+        monkeypatch.setattr(shared_file, "FOLDER", tmp_path)
+        return tmp_path
+
     def test_a_file_is_its_users_alone_and_goes_with_its_server(self):
         file = SharedFile(100)
         file.allocate()
@@ -231,14 +239,20 @@ class TestSharedFiles:
         file.close()
         assert not file.path.exists()
 
-    def test_files_of_dead_servers_are_removed(self):
-        code = "import os; from slipstream.serving.shared_file import SharedFile; f = SharedFile(9); f.allocate(); " \
-            "print(f.path, flush=True); os.kill(os.getpid(), 9)"  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-        path = FOLDER / os.path.basename(done.stdout.strip())
-        assert path.exists()
-        assert remove_abandoned() >= 1
-        assert not path.exists()
+    def test_files_of_dead_servers_are_removed(self, folder):
+        code = """
+            import os, sys
+            from pathlib import Path
+            from slipstream.serving import shared_file
+
+            shared_file.FOLDER = Path(sys.argv[1])
+            shared_file.SharedFile(9).allocate()
+            os.kill(os.getpid(), 9)
+        """
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(folder)], timeout=60)
+        assert len(list(folder.iterdir())) == 1
+        assert remove_abandoned() == 1
+        assert not list(folder.iterdir())
 
     def test_writing_outside_is_refused(self):
         file = SharedFile(10)

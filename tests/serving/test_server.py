@@ -106,6 +106,12 @@ class TestGenerate:
         assert answer.status_code == status
         assert reason in answer.json()["detail"]
 
+    @pytest.mark.parametrize("extra", [{"min_tokens": None}, {"stop": 5}, {"stop_token_ids": 5}, {"logit_bias": [1]}])
+    def test_vllms_own_options_of_a_wrong_type_are_refused(self, server, extra):
+        answer = call(server, "POST", "/generate", request(PROMPTS, extra=extra))
+        assert answer.status_code == 400, answer.text
+        assert next(iter(extra)) in answer.json()["detail"]
+
     def test_numbers_that_are_not_finite_are_refused_wherever_they_are(self, server):
         answer = call(server, "POST", "/generate", request(PROMPTS, extra={"logit_bias": {5: float("nan")}}))
         assert answer.status_code == 400

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 
 import aiohttp
+import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
 from slipstream.serving import replicas, wire
+from slipstream.serving.asking import ReplicaLost
+from slipstream.serving.replica_process import Replica
 from slipstream.serving.settings import Settings
 from slipstream.serving.streaming import StreamedResponse
 
@@ -59,6 +62,28 @@ def test_a_replica_that_broke_a_connection_serves_once_it_has_what_it_missed(mon
         await found.stop()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])  # uvicorn takes uvloop where it is installed
+def test_a_process_that_ends_before_it_is_told_its_settings_is_a_lost_replica(monkeypatch, tmp_path, loop):
+    create = asyncio.create_subprocess_exec
+
+    async def ended(*command, **options):
+        process = await create(*command, **options)
+        process.kill()
+        await process.wait()
+        return process
+
+    async def run():
+        replica = Replica(0, tmp_path, Settings(model="m").replica(), {})
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", ended)
+        await replica.start()
+        with pytest.raises(ReplicaLost, match="it ended while it started"):
+            await replica.wait_until_up(20)
+        await replica.end()
+
+    with asyncio.Runner(loop_factory=pytest.importorskip(loop).new_event_loop) as runner:
+        runner.run(run())
 
 
 def test_a_client_that_takes_no_more_is_given_up():

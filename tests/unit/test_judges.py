@@ -442,7 +442,7 @@ class Replies:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def generate(self, requests: Any, sampling: Any) -> list[list[Completion]]:
+    def generate(self, requests: Any, sampling: Any, on_finished: Any = None) -> list[list[Completion]]:
         return [
             [Completion([*request.prompt_ids[-3:], 7 + i, 1], None, 0, "stop") for i in range(2)]
             for request in requests

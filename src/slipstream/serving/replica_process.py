@@ -107,14 +107,15 @@ class Replica:
         self.lines.clear()
         environment = {**os.environ, **self.environment}
         environment.pop(VARIABLE, None)
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "slipstream.serving.replica", "--socket", str(self.socket),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(self.settings).encode())
-        self.process.stdin.close()
+        # Not through a pipe: one that is written to when the process has died already is an error of the event loop's.
+        with os.fdopen(os.memfd_create("settings"), "w+b") as settings:
+            settings.write(json.dumps(self.settings).encode())
+            settings.seek(0)
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "slipstream.serving.replica", "--socket", str(self.socket),
+                stdin=settings, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+                env=environment, start_new_session=True,
+            )  # fmt: skip
         self._session = aiohttp.ClientSession(
             connector=aiohttp.UnixConnector(str(self.socket), limit=0),
             # Nobody knows how long completions take; a replica that hangs is found by `Replicas`, which ends it.
