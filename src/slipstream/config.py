@@ -82,7 +82,9 @@ class OnlineConfig(TrainingArguments):
         True, "With packing: compute a prompt once for its completions, where that saves more than a tenth."
     )
     max_tokens_per_micro_batch: int | None = option(
-        None, "With packing: tokens of a micro-batch. None: those of per_device_train_batch_size rows of the longest."
+        None,
+        "With packing: tokens of a micro-batch. None: as many as fit into the GPU's free memory, measured before the "
+        "first step; on a CPU those of per_device_train_batch_size rows of the longest.",
     )
     pad_to_multiple_of: int | str | None = option(
         "auto", "Pad micro-batches to a multiple of this many tokens; `auto` and None: no further than needed."

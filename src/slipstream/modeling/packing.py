@@ -42,7 +42,7 @@ class Packer:
         packed: Pack rows. The model must have passed `packable.obstacle`.
         share_prompts: Let completions of one prompt share it where that saves more than a tenth of the tokens.
         max_tokens: Tokens of a packed micro-batch, at most; a rollout that is longer has one of its own. None: as many
-            as `rows` rows would have if all were as long as the longest.
+            as `rows` rows would have if all were as long as the longest. See `budget.measured_budget`.
         agree: Given the number of packed micro-batches that this rank needs, returns the largest of all ranks: each
             makes that many, so that their collectives match. The default is for a single rank.
     """
@@ -138,14 +138,27 @@ class Packer:
         made.segments = tuple(segments)
         return made
 
-    def _pack_rows(self, groups: list[list[Rollout]], totals: StepTotals, group_size: int) -> Iterator[MicroBatch]:
-        # Groups of one prompt next to each other; otherwise in the order that they came in.
+    def trial(self, rollouts: Sequence[Rollout], tokens: int, group_size: int = 1) -> MicroBatch:
+        """One packed micro-batch of `tokens` tokens at most, or a single group: of these rollouts, again and again."""
+        groups = [list(rollouts[i : i + group_size]) for i in range(0, len(rollouts), group_size)]
+        share = self._line_up(groups)
+        repeats = tokens // max(1, sum(_costs(groups, share)[1])) + 1
+        groups *= repeats
+        count = pieces_within(*_costs(groups, share), tokens)[0]
+        chosen = [r for g in groups[:count] for r in g]
+        return self.packed_micro_batch(chosen, StepTotals(len(chosen), 1.0, 1), group_size, share=share)
+
+    def _line_up(self, groups: list[list[Rollout]]) -> bool:
+        """Put groups of one prompt next to each other; returns whether sharing it is worth it."""
+        # Otherwise in the order that they came in.
         first: dict[tuple[int, ...], int] = {}
         groups.sort(key=lambda g: first.setdefault(tuple(g[0].prompt.ids), len(first)))
-        line = [r for g in groups for r in g]
-        share = self.share_prompts and _saving(line) > LEAST_SAVING
+        return self.share_prompts and _saving([r for g in groups for r in g]) > LEAST_SAVING
+
+    def _pack_rows(self, groups: list[list[Rollout]], totals: StepTotals, group_size: int) -> Iterator[MicroBatch]:
+        share = self._line_up(groups)
         opening, following = _costs(groups, share)
-        most = self.max_tokens or self.rows * max(map(_tokens, line), default=0)
+        most = self.max_tokens or self.rows * max((_tokens(r) for g in groups for r in g), default=0)
         count = self.agree(len(pieces_within(opening, following, most)))
         start = 0
         for size in balanced_pieces(opening, following, count):

@@ -75,6 +75,7 @@ def save(trainer: OnlineTrainer, folder: str | Path) -> None:
         # The losses since the last log, the sum of those before, and when that log was.
         "loss": (trainer._tr_loss, trainer._total_loss_scalar, trainer._globalstep_last_logged),
         "journal": [asdict(row) for row in trainer.journal.rows] if trainer.journal else [],
+        "max_tokens": trainer.packer.max_tokens,
         "extra": trainer._extra_state(),
     }, "checkpoint")  # fmt: skip
     temporary = target.with_suffix(".tmp")
@@ -165,6 +166,11 @@ def _restore(trainer: OnlineTrainer, state: dict[str, Any]) -> None:
     trainer._tr_loss = loss.to(trainer.args.device)
     if trainer.journal:
         trainer.journal.resume([CompletionRow(**row) for row in state["journal"]])
+    if trainer.args.max_tokens_per_micro_batch is None and state.get("max_tokens") is not None:
+        # Measured anew it might be another, and other micro-batches round in another way.
+        trainer.packer.max_tokens = state["max_tokens"]
+        if trainer.is_world_process_zero():
+            trainer.progress.console.print(f"max_tokens_per_micro_batch {state['max_tokens']} (as when the run began)")
     trainer._load_extra_state(state["extra"])
 
 

@@ -11,11 +11,14 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from slipstream.generation.guest import RandomStates
 from slipstream.modeling.attention import packed_attention
+from slipstream.modeling.budget import CudaMeter, Meter, gradients_aside, measured_budget, optimizer_promise
 from slipstream.modeling.logprobs import PolicyOutput, score_tokens
 from slipstream.modeling.packable import obstacle
 from slipstream.modeling.packing import Packer, loss_mask
 from slipstream.records import MicroBatch, Rollout, StepTotals
+from slipstream.reporting import ProgressReporter
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.trainers.loop import SlotLoop
 from slipstream.trainers.metrics import Clock, Tally
@@ -30,6 +33,7 @@ class Learning(SlotLoop):
 
     clock: Clock
     packer: Packer
+    progress: ProgressReporter
     renderer: PromptRenderer
     reference: nn.Module | None
     _parameters: int
@@ -65,6 +69,49 @@ class Learning(SlotLoop):
                     return f"{type(self.accelerator.unwrap_model(model)).__name__} cannot be packed: {why}"
         return None
 
+    def _find_budget(self, rollouts: Sequence[Rollout], meter: Meter | None = None) -> None:
+        """Measure how many tokens a packed micro-batch may have, before the first optimizer step.
+
+        Where it is given, was measured before, or cannot be measured (on a CPU), nothing happens. Weights, gradients
+        and random states stay as they are.
+
+        Args:
+            rollouts: This rank's rows of the step.
+            meter: Measures memory; None: the accelerator's, if there is one.
+        """
+        device, packer = self.accelerator.device, self.packer
+        if meter is None and device.type == "cuda":
+            meter = CudaMeter(device)
+        if not packer.packed or packer.max_tokens is not None or meter is None:
+            return
+        # The bare model: no rank waits for another while one of them tries how far its memory goes.
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        together = self._rows_together(self.args.num_generations)
+        # A rollout_func's completions may be longer than what is asked of the engine.
+        most = self.args.max_completion_length
+        longest = max((len(r.prompt.ids) + max(len(r.completion.ids), most) for r in rollouts), default=0)
+
+        def run(tokens: int) -> int:
+            batch = packer.trial(rollouts, tokens, together)
+            with self.compute_loss_context_manager():
+                output = self._policy(model, batch)
+            parts = (output.logps_N, output.entropies_N, output.router_loss)
+            torch.stack([p.sum() for p in parts if p is not None and p.requires_grad]).sum().backward()
+            return batch.input_ids_BT.numel()
+
+        states = RandomStates()
+        try:
+            with gradients_aside(model), packed_attention(model):
+                budget = measured_budget(
+                    run, meter, least=longest * together, most=longest * len(rollouts),
+                    promised=optimizer_promise(self.optimizer, model), agree=self._most_of_all_ranks,
+                )  # fmt: skip
+        finally:
+            states.restore()
+        packer.max_tokens = budget.tokens
+        if self.accelerator.is_main_process:
+            self.progress.console.print(str(budget))
+
     def _set_training(self, training: bool) -> None:
         """Put the policy into training or evaluation mode, and an optimizer that has modes (a schedule-free one)."""
         self.model_wrapped.train(training)
@@ -79,6 +126,7 @@ class Learning(SlotLoop):
     def _learn(self, model: nn.Module, rollouts: list[Rollout]) -> tuple[Tensor, dict[str, float]]:
         """Forward and backward over the rows of an optimizer step."""
         rollouts = list(self.learns_from(rollouts))
+        self._find_budget(rollouts)
         self.prepare(model, rollouts)
         totals = self._totals(rollouts)
         tally = Tally()
