@@ -147,7 +147,9 @@ class Table:
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: object = None
+    ) -> list[list[Completion]]:
         assert [r.n for r in requests] == [self.scene.group] * len(self.scene.prompts)
         logps = self.scene.sampler_logps
         flat = [

@@ -334,9 +334,9 @@ class Sleeper(TransformersEngine):
     def wake(self, tags=None):
         self.state.woke(self.state.check_wake(tags))
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, on_finished=None):
         self.state.check_generate()
-        return super().generate(requests, sampling)
+        return super().generate(requests, sampling, on_finished)
 
     def update_weights(self, version, tensors):
         self.state.check_update()

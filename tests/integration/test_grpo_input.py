@@ -77,8 +77,8 @@ def test_an_empty_completion_is_an_error(tiny_model, tmp_path):
     trainer = make(tiny_model, tmp_path, SHORT)
     generate = trainer.engine.generate
 
-    def cut(requests, sampling):
-        answers = generate(requests, sampling)
+    def cut(requests, sampling, on_finished):
+        answers = generate(requests, sampling, on_finished)
         answers[1][2] = Completion([], [], answers[1][2].weight_version, "stop")
         return answers
 

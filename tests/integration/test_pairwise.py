@@ -339,7 +339,7 @@ def test_both_completions_of_online_dpo_are_one_request(tiny_model, tmp_path, mo
     trainer = make("OnlineDPO", tiny_model, tmp_path)
     asked = []
     original = trainer.engine.generate
-    monkeypatch.setattr(trainer.engine, "generate", lambda r, s: asked.append((list(r), s)) or original(r, s))
+    monkeypatch.setattr(trainer.engine, "generate", lambda r, s, f: asked.append((list(r), s)) or original(r, s, f))
     sample(trainer)
     [(requests, sampling)] = asked
     assert {(r.n, r.mixture) for r in requests} == {(2, 0.0)}

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassificat
 
 from slipstream import GRPOConfig, GRPOTrainer
 from slipstream.records import Completion, Prompt, Rollout
-from slipstream.rollouts.rewards import RewardRunner, load_reward
+from slipstream.rollouts.reward_models import load_reward
+from slipstream.rollouts.rewards import RewardRunner
 
 CHAT = [{"prompt": [{"role": "user", "content": f"{a}+{b}=?"}]} for a in range(4) for b in range(4)]
 PLAIN = [{"prompt": f"{a}+{b}="} for a in range(4) for b in range(4)]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slipstream.generation.engine import Request, Sampling, SyncReport
+from slipstream.generation.engine import OnFinished, Request, Sampling, SyncReport
 from slipstream.generation.guest import Guest
-from slipstream.generation.requests import check_lengths, completions_of, mixture_of
+from slipstream.generation.requests import check_lengths, completions_of, ids_of, mixture_of
 from slipstream.generation.sleeping import SleepState
 from slipstream.generation.vllm_options import check_sampling, engine_options, sampling_params
 from slipstream.records import Completion
@@ -117,8 +118,10 @@ class ColocateEngine:
         self._sleep.check_open("max_model_len")
         return int(self._llm.llm_engine.model_config.max_model_len)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Sample `requests[i].n` completions for each request, in order.
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[list[Completion]]:
+        """Sample `requests[i].n` completions for each request, in order; `on_finished` hears of each while others run.
 
         Completion i of a request is sampled with seed `seed + i`, whatever else is in the call. On CPU the same seed
         gives the same tokens; on a GPU rounding depends on the batch, so that tokens may differ. All requests of a call
@@ -144,8 +147,15 @@ class ColocateEngine:
             salt = mixture.cache_salt(share)
             prompts = [token_prompt(list(request.prompt_ids), salt) for request in requests]
             params = [sampling_params(request, sampling) for request in requests]
+            telling: Any = contextlib.nullcontext()
+            if on_finished is not None:
+                tell = on_finished
+                telling = process.telling(
+                    self._llm, lambda i, answer: tell(i, ids_of(requests[i], answer.outputs, sampling))
+                )
             try:
-                outputs = self._llm.generate(prompts, params, use_tqdm=False)
+                with telling:
+                    outputs = self._llm.generate(prompts, params, use_tqdm=False)
             except BaseException:
                 process.abort_all(self._llm)  # or the next call would be given this one's leftovers
                 raise
@@ -227,6 +237,8 @@ class ColocateEngine:
         `wake(["weights"])`, `update_weights`, `wake(["kv_cache"])` takes the cache's memory only after the update.
         """
         waking = self._sleep.check_wake(tags)
+        # Sleeping memory was the trainer's to use: what its allocator keeps of it would be missing now.
+        process.release_memory()
         with self._guest.inside():
             self._llm.wake_up(list(waking))
         self._sleep.woke(waking)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +10,10 @@ from slipstream.records import Completion
 
 if TYPE_CHECKING:
     import torch
+
+
+# Called with the index of a request and the token ids of its completions when the last of them is there.
+OnFinished = Callable[[int, list[list[int]]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +83,13 @@ class Engine(Protocol):
     version: int | None
     """Version of the weights it holds; None until the first `update_weights`."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Sample `requests[i].n` completions for each request, in order. Every completion carries `version`."""
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[list[Completion]]:
+        """Sample `requests[i].n` completions for each request, in order. Every completion carries `version`.
+
+        `on_finished` is called while others are being sampled, by an engine that knows of some before others.
+        """
         ...
 
     def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> SyncReport:

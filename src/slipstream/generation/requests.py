@@ -49,6 +49,12 @@ def check_lengths(requests: Sequence[Request], sampling: Sampling, limit: int) -
             )
 
 
+def ids_of(request: Request, samples: Sequence[Any], sampling: Sampling) -> list[list[int]]:
+    """Token ids of the completions of a request, of what vLLM answered."""
+    samples = list(samples) * (request.n if sampling.temperature == 0 else 1)
+    return [list(sample.token_ids) for sample in samples]
+
+
 def completions_of(
     index: int, request: Request, samples: Sequence[Any], sampling: Sampling, version: int
 ) -> list[Completion]:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slipstream.generation.engine import EngineLostError, Request, Sampling, SyncReport
+from slipstream.generation.engine import EngineLostError, OnFinished, Request, Sampling, SyncReport
 from slipstream.records import Completion
 from slipstream.serving.client import ServerError, VLLMClient
 from slipstream.serving.devices import check_devices_apart, uuid_of
@@ -71,8 +71,10 @@ class ServerEngine:
         """Longest prompt plus completion, in tokens."""
         return self._client.server_info().max_model_len
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Sample `requests[i].n` completions for each request, in order.
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[list[Completion]]:
+        """Sample `requests[i].n` completions for each request, in order; `on_finished` hears of each while others run.
 
         Raises:
             EngineLostError: the server does not answer, or serves other weights than this trainer's last ones.
@@ -81,7 +83,7 @@ class ServerEngine:
         if self.version is None:
             raise RuntimeError("generate: no weights yet; call update_weights first")
         with self._losing("generate"):
-            completions = self._client.sample(requests, sampling, self.version, self._update)
+            completions = self._client.sample(requests, sampling, self.version, self._update, on_finished)
         if any(completion.version_runs for group in completions for completion in group):
             raise EngineLostError("generate: another trainer sent its weights to the server meanwhile; give it its own")
         return completions

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slipstream.generation.engine import Request, Sampling, SyncReport
+from slipstream.generation.engine import OnFinished, Request, Sampling, SyncReport
 from slipstream.generation.guest import RandomStates
 from slipstream.generation.logits import Distribution, inference, mixed_logits
 from slipstream.generation.requests import mixture_of
@@ -64,8 +64,10 @@ class TransformersEngine:
         self._continuous = continuous_batching
         self._reference = reference
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Sample `requests[i].n` completions for each request, in order.
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[list[Completion]]:
+        """Sample `requests[i].n` completions for each request, in order. All end together: `on_finished` is not called.
 
         Raises:
             RuntimeError: No `update_weights` yet.

@@ -125,7 +125,11 @@ def cpu_cache_bytes(options: Mapping[str, Any]) -> int:
 
 
 def sampling_params(request: Request, sampling: Sampling) -> Any:
-    """`vllm.SamplingParams` for one request. A greedy request asks for one completion, since all would be the same."""
+    """`vllm.SamplingParams` for one request. A greedy request asks for one completion, since all would be the same.
+
+    Raises:
+        ValueError: an option has a value of a wrong type. vLLM has further errors for values that are out of range.
+    """
     options = dict(sampling.extra)
     if sampling.regex is not None:
         options["structured_outputs"] = {"regex": sampling.regex}
@@ -133,20 +137,25 @@ def sampling_params(request: Request, sampling: Sampling) -> Any:
         options["structured_outputs"] = vllm_compat.constraint(options["structured_outputs"])
     # Text is made only when a stop string must be found in it.
     options.setdefault("detokenize", bool(options.get("stop")))
-    return vllm_compat.load().SamplingParams(
-        n=request.n if sampling.temperature > 0 else 1,
-        seed=request.seed,
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        logprobs=0 if sampling.logprobs else None,  # 0: the sampled token's alone
-        flat_logprobs=True,  # one list instead of an object a token
-        output_kind=vllm_compat.final_only(),
-        **options,
-    )
+    try:
+        return vllm_compat.load().SamplingParams(
+            n=request.n if sampling.temperature > 0 else 1,
+            seed=request.seed,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            logprobs=0 if sampling.logprobs else None,  # 0: the sampled token's alone
+            flat_logprobs=True,  # one list instead of an object a token
+            output_kind=vllm_compat.final_only(),
+            **options,
+        )
+    except (TypeError, AttributeError, AssertionError) as error:  # it compares values before it looks at their types
+        raise ValueError(
+            f"sampling options {options} have a value of a type that vLLM does not take: {type(error).__name__} {error}"
+        ) from error
 
 
 def check_sampling(sampling: Sampling) -> None:

@@ -6,6 +6,7 @@ the row gets no reward from this function, which is not the same as a reward of 
 
 from slipstream.rewards.accuracy import accuracy_reward, reasoning_accuracy_reward
 from slipstream.rewards.formats import think_format_reward
+from slipstream.rewards.marks import rowwise as rowwise  # no reward itself, so not in the list below
 from slipstream.rewards.shaping import (
     get_cosine_scaled_reward,
     get_repetition_penalty_reward,

@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from slipstream.rewards.inputs import check_number, same_length, texts
+from slipstream.rewards.marks import rowwise
 from slipstream.rewards.math_pool import POOL
 
 LogExtra = Callable[[str, list[Any]], None]
@@ -22,6 +23,7 @@ _GOLD = re.compile(rf"\s*(?:\$\s*({_NUMBER})\s*\$|\\boxed\{{\s*({_NUMBER})\s*\}}
 _BOXED = re.compile(rf"\\boxed\{{\s*({_NUMBER})\s*\}}(?!\s*\$*\s*(?:\\?%|[Pp]ercent|[Pp]ct))")
 
 
+@rowwise
 def accuracy_reward(
     completions: Sequence[Any],
     solution: Sequence[Any] | None = None,
@@ -49,6 +51,7 @@ def accuracy_reward(
     return _score(texts(completions), solution, log_extra, time_limit)
 
 
+@rowwise
 def reasoning_accuracy_reward(
     completions: Sequence[Any],
     solution: Sequence[Any] | None = None,

@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 
 from slipstream.rewards.accuracy import accuracy_reward
 from slipstream.rewards.inputs import check_number, same_length
+from slipstream.rewards.marks import rowwise
 
 RewardFunction = Callable[..., list[float | None]]
 
 
+@rowwise
 @dataclass(frozen=True)
 class _CosineScaled:
     __name__: ClassVar[str] = "cosine_scaled_reward"
@@ -57,6 +59,7 @@ class _CosineScaled:
         return self.max_value_wrong + (self.min_value_wrong - self.max_value_wrong) * swing
 
 
+@rowwise
 @dataclass(frozen=True)
 class _RepetitionPenalty:
     __name__: ClassVar[str] = "repetition_penalty_reward"
@@ -83,6 +86,7 @@ class _RepetitionPenalty:
         return (1 - unique / total) * self.max_penalty if unique < total else 0.0
 
 
+@rowwise
 @dataclass(frozen=True)
 class _SoftOverlongPunishment:
     __name__: ClassVar[str] = "soft_overlong_punishment_reward"

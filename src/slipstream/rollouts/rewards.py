@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Any
@@ -14,9 +15,13 @@ import torch
 from torch import nn
 
 from slipstream.records import Rollout
-from slipstream.rollouts.prompts import is_conversational
+from slipstream.rollouts.reward_models import score_with_model
+from slipstream.rollouts.streamed import Render, StreamedRewards, refuse_metric
 
 RewardFunction = Callable[..., Any]
+OWN_ARGUMENTS = {
+    "prompt", "completion", "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
+}  # fmt: skip
 
 
 class RewardRunner:
@@ -24,8 +29,9 @@ class RewardRunner:
 
     A reward function is called as `f(prompts=, completions=, completion_ids=, **columns, trainer_state=, log_extra=,
     log_metric=)`, where `columns` are the dataset's other columns, and returns one number (or None: cannot be scored)
-    a completion. Coroutine functions run concurrently. A sequence-classification model is a reward function too: its
-    reward is logit 0 of prompt and completion.
+    a completion. Coroutine functions run concurrently; those marked as row-wise (`slipstream.rewards.rowwise`) while
+    the engine samples, see `streamed`. A sequence-classification model is a reward function too: its reward is logit 0
+    of prompt and completion.
 
     Args:
         functions: Functions, or sequence-classification models.
@@ -44,14 +50,36 @@ class RewardRunner:
         self.timeout = timeout
         self.names = reward_names(self.functions)
 
+    @contextlib.contextmanager
+    def streamed(self, render: Render, trainer_state: Any = None) -> Iterator[StreamedRewards | None]:
+        """For the time of one generation batch: what calls the row-wise functions on completions that are finished.
+
+        Yields None where no function is row-wise.
+        """
+        functions = {i: f for i, f in enumerate(self.functions) if _is_rowwise(f)}
+        if not functions:
+            yield None
+            return
+
+        def call(number: int, given: dict[str, Any], columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> Any:
+            arguments = given | {"trainer_state": trainer_state} | _columns(rows, columns)
+            return _as_list(self.names[number], self.functions[number](**arguments), len(rows))
+
+        streamed = StreamedRewards(list(functions), call, render)
+        try:
+            yield streamed
+        finally:
+            streamed.close()
+
     def score(
         self,
         rollouts: Sequence[Rollout],
         trainer_state: Any = None,
         log_extra: Callable[[str, list[Any]], None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
+        streamed: StreamedRewards | None = None,
     ) -> None:
-        """Fill `rewards` of every rollout, one value a function.
+        """Fill `rewards` of every rollout, one value a function; `streamed` has begun with some functions.
 
         Raises:
             ValueError: a function returned another number of values, or something that is neither a finite number
@@ -68,18 +96,21 @@ class RewardRunner:
             "log_extra": log_extra or (lambda column, values: None),
             "log_metric": log_metric or (lambda name, value: None),
         }
-        for column in rollouts[0].prompt.row:
-            if column not in arguments and column not in ("prompt", "completion"):
-                arguments[column] = [r.prompt.row.get(column) for r in rollouts]
+        arguments |= _columns([r.prompt.row for r in rollouts], list(rollouts[0].prompt.row))
         values: list[Any] = [None] * len(self.functions)
         waiting: dict[int, Any] = {}
         for i, function in enumerate(self.functions):
             if isinstance(function, nn.Module):
-                values[i] = _score_with_model(function, self.tokenizers[i], rollouts)
+                values[i] = score_with_model(function, self.tokenizers[i], rollouts)
             elif _is_async(function):
                 waiting[i] = function
+            elif streamed is not None and (outcome := streamed.outcome(i, len(rollouts))) is not None:
+                values[i] = outcome.values
+                for column, logged in outcome.extra.items():
+                    arguments["log_extra"](column, logged)
             else:
-                values[i] = function(**arguments)
+                own = {"log_metric": refuse_metric} if _is_rowwise(function) else {}
+                values[i] = function(**arguments | own)
         if waiting:
             results = _run_async([f(**arguments) for f in waiting.values()], self.timeout, list(waiting.values()))
             for i, result in zip(waiting, results, strict=True):
@@ -111,23 +142,6 @@ def reward_names(functions: Sequence[Any]) -> list[str]:
     return names
 
 
-def load_reward(function: Any, tokenizer: Any, device: torch.device) -> tuple[RewardFunction | nn.Module, Any]:
-    """Resolve one entry of `reward_funcs`: a name loads a sequence-classification model and its tokenizer."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    if isinstance(function, str):
-        function = AutoModelForSequenceClassification.from_pretrained(function, num_labels=1)
-    if isinstance(function, nn.Module):
-        config: Any = function.config
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(config._name_or_path)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        config.pad_token_id = tokenizer.pad_token_id
-        return function.to(device).eval(), tokenizer
-    return function, None
-
-
 def _name(function: Any) -> str:
     if isinstance(function, nn.Module | str):
         path = function if isinstance(function, str) else str(function.config._name_or_path)  # type: ignore[union-attr]
@@ -141,6 +155,21 @@ def _is_async(function: Any) -> bool:
     while hasattr(function, "func"):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _is_rowwise(function: Any) -> bool:
+    if isinstance(function, nn.Module) or _is_async(function):
+        return False
+    while hasattr(function, "func"):
+        function = function.func
+    # functools.wraps copies the mark to a function that may do more with a batch.
+    copied = getattr(getattr(function, "__wrapped__", None), "rowwise", False)
+    return getattr(function, "rowwise", False) is True and not copied
+
+
+def _columns(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
+    """The dataset's columns for a reward function: those that are not its own arguments."""
+    return {name: [row.get(name) for row in rows] for name in names if name not in OWN_ARGUMENTS}
 
 
 def _run_async(coroutines: list[Any], timeout: float, functions: list[Any]) -> list[Any]:
@@ -163,7 +192,7 @@ def _run_async(coroutines: list[Any], timeout: float, functions: list[Any]) -> l
         return pool.submit(asyncio.run, all_of_them()).result()
 
 
-def _checked(name: str, values: Any, expected: int) -> list[float | None]:
+def _as_list(name: str, values: Any, expected: int) -> list[Any]:
     if isinstance(values, torch.Tensor):
         values = values.tolist()
     if isinstance(values, str) or not hasattr(values, "__len__"):
@@ -173,6 +202,11 @@ def _checked(name: str, values: Any, expected: int) -> list[float | None]:
         )
     if len(values) != expected:
         raise ValueError(f"reward function {name!r} returned {len(values)} values for {expected} completions.")
+    return list(values)
+
+
+def _checked(name: str, values: Any, expected: int) -> list[float | None]:
+    values = _as_list(name, values, expected)
     checked: list[float | None] = []
     for i, value in enumerate(values):
         if value is None:
@@ -187,28 +221,3 @@ def _checked(name: str, values: Any, expected: int) -> list[float | None]:
             )
         checked.append(float(value))
     return checked
-
-
-@torch.inference_mode()
-def _score_with_model(
-    model: nn.Module, tokenizer: Any, rollouts: Sequence[Rollout], batch_size: int = 32
-) -> list[float]:
-    texts = []
-    for rollout in rollouts:
-        prompt, text = rollout.prompt.row["prompt"], rollout.text
-        if is_conversational(prompt):
-            texts.append(tokenizer.apply_chat_template([*prompt, *text], tokenize=False))
-        else:
-            texts.append(f"{prompt}{text}")
-    scores: list[float] = []
-    device = next(model.parameters()).device
-    for start in range(0, len(texts), batch_size):
-        inputs = tokenizer(
-            texts[start : start + batch_size],
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-            add_special_tokens=False,
-        )
-        scores += model(**inputs.to(device)).logits[:, 0].float().tolist()
-    return scores

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from slipstream.generation.engine import Request, Sampling, SyncReport
+from slipstream.generation.engine import OnFinished, Request, Sampling, SyncReport
 from slipstream.records import Completion
 from slipstream.serving import wire
 from slipstream.serving.connection import Connection, RefusedError, ServerError
@@ -122,14 +122,25 @@ class VLLMClient:
             yield frame.prompt, frame.sample, frame.completion
 
     def sample(
-        self, requests: Sequence[Request], sampling: Sampling, version: int | None = None, update: str | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        version: int | None = None,
+        update: str | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
-        """Sample `requests[i].n` completions for each request, in order; see `stream`."""
+        """Sample `requests[i].n` completions for each request, in order; see `stream`.
+
+        `on_finished` is called with a request's index and its completions' token ids when the last of them is there.
+        """
         if not requests:
             return []
         table: list[list[Completion | None]] = [[None] * request.n for request in requests]
         for prompt, sample, completion in self.stream(requests, sampling, version, update):
-            table[prompt][sample] = completion
+            row = table[prompt]
+            row[sample] = completion
+            if on_finished is not None and None not in row:
+                on_finished(prompt, [c.ids for c in row if c is not None])
         return _complete(table)
 
     def generate(

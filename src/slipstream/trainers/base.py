@@ -17,7 +17,8 @@ from slipstream import vllm_compat
 from slipstream.config import OnlineConfig
 from slipstream.generation.build import build_engine
 from slipstream.rollouts.prompts import PromptRenderer
-from slipstream.rollouts.rewards import RewardRunner, load_reward
+from slipstream.rollouts.reward_models import load_reward
+from slipstream.rollouts.rewards import RewardRunner
 from slipstream.rollouts.sampler import Slot
 from slipstream.trainers import checkpoint, inputs, journal, loading
 from slipstream.trainers.evaluating import Evaluating

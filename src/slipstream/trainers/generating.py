@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from slipstream.generation.engine import Engine, EngineLostError, Request, Sampling
+from slipstream.generation.engine import Engine, EngineLostError, OnFinished, Request, Sampling
 from slipstream.records import Completion, Prompt, Rollout
 from slipstream.rollouts import custom
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.rewards import RewardRunner
 from slipstream.rollouts.sampler import Slot, prompt_seed
+from slipstream.rollouts.streamed import StreamedRewards
 from slipstream.trainers.journal import Journal
 from slipstream.trainers.learning import Learning
 from slipstream.trainers.metrics import Metrics, length_metrics, mean_by_name
@@ -99,19 +100,22 @@ class Generating(Learning):
             group_size: Completions of each prompt.
             real: How many rows of this rank count, in an evaluation; None: training, where all do.
         """
-        rollouts = self._generate(dataset, wanted, seed, evaluation=real is not None)
-        real = len(rollouts) if real is None else real
-        for rollout in rollouts[real:]:
-            rollout.in_loss = False
-        scored = self.learns_from(rollouts)
-        if self.needs_old_logps:
-            self._annotate(self.model_wrapped, scored, "old_logps")
-        if self._uses_reference(self.args):
-            self._annotate_reference(scored)
-        metrics = self._score(rollouts, group_size, real)
+        with self.rewards.streamed(self.renderer.completions, self.state) as streamed:
+            rollouts = self._generate(dataset, wanted, seed, evaluation=real is not None, streamed=streamed)
+            real = len(rollouts) if real is None else real
+            for rollout in rollouts[real:]:
+                rollout.in_loss = False
+            scored = self.learns_from(rollouts)
+            if self.needs_old_logps:
+                self._annotate(self.model_wrapped, scored, "old_logps")
+            if self._uses_reference(self.args):
+                self._annotate_reference(scored)
+            metrics = self._score(rollouts, group_size, real, streamed)
         return rollouts, metrics | length_metrics(rollouts[:real][self.own_rows], self.accelerator)
 
-    def _score(self, rollouts: list[Rollout], group_size: int, real: int) -> dict[str, float]:
+    def _score(
+        self, rollouts: list[Rollout], group_size: int, real: int, streamed: StreamedRewards | None
+    ) -> dict[str, float]:
         """Rewards and what follows from them; only the first `real` rows of this rank count in the metrics."""
         pending: dict[str, list[float]] = {}
         self._extra = {}
@@ -121,6 +125,7 @@ class Generating(Learning):
                 self.state,
                 log_extra=lambda column, values: self._take_extra(column, values, len(rollouts)),
                 log_metric=lambda name, value: pending.setdefault(name, []).append(float(value)),
+                streamed=streamed,
             )
             metrics = self.credit(rollouts, group_size, real)
         return metrics | mean_by_name(pending)
@@ -131,7 +136,13 @@ class Generating(Learning):
         self._extra[column] = list(values)
 
     def _generate(
-        self, dataset: Any, wanted: Sequence[tuple[int, int, int]], seed: tuple[Any, ...], *, evaluation: bool
+        self,
+        dataset: Any,
+        wanted: Sequence[tuple[int, int, int]],
+        seed: tuple[Any, ...],
+        *,
+        evaluation: bool,
+        streamed: StreamedRewards | None = None,
     ) -> list[Rollout]:
         """Sample completions `start ... start + count - 1` of each `(row, start, count)`, in order."""
         sampled: list[tuple[Prompt, Completion, dict[str, Any]]]
@@ -145,7 +156,9 @@ class Generating(Learning):
                 Request(prompt.ids, count, prompt_seed(*seed, row) + start)
                 for prompt, (row, start, count) in zip(prompts, wanted, strict=True)
             ]
-            answers = self._answers(requests, self.args.sampling(evaluation=evaluation))
+            counts = [request.n for request in requests]
+            begin = None if streamed is None else lambda: streamed.begin(prompts, counts)
+            answers = self._answers(requests, self.args.sampling(evaluation=evaluation), begin)
             sampled = [(p, c, {}) for p, group in zip(prompts, answers, strict=True) for c in group]
         texts = self.renderer.completions([p for p, _, _ in sampled], [c.ids for _, c, _ in sampled])
         rollouts = []
@@ -162,13 +175,18 @@ class Generating(Learning):
             rollouts.append(rollout)
         return rollouts
 
-    def ask_engine(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def ask_engine(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[list[Completion]]:
         """The completions of each prompt; a subclass may let the reference have a part in some of them."""
-        return self.engine.generate(requests, sampling)
+        return self.engine.generate(requests, sampling, on_finished)
 
-    def _answers(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def _answers(
+        self, requests: Sequence[Request], sampling: Sampling, begin: Callable[[], OnFinished] | None = None
+    ) -> list[list[Completion]]:
         """What the engine samples; if it is lost on the way, what it samples when it is back.
 
+        `begin` gives each attempt what hears of finished completions.
         Seeds make the repetition the same. All ranks wait together, since they send the weights together.
         """
         for _ in range(MOST_LOSSES):
@@ -176,7 +194,7 @@ class Generating(Learning):
             answers: list[list[Completion]] = []
             try:
                 with self._engine_ready(), self.clock.phase("generate"):
-                    answers = self.ask_engine(requests, sampling)
+                    answers = self.ask_engine(requests, sampling, begin and begin())
             except EngineLostError as error:
                 lost = error
                 logger.warning("the engine was lost, waiting for it to come back: %s", error)

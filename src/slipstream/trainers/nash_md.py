@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slipstream.config import option
-from slipstream.generation.engine import Request, Sampling
+from slipstream.generation.engine import OnFinished, Request, Sampling
 from slipstream.modeling.logprobs import PolicyOutput
 from slipstream.objectives.pairwise import nash_md_loss, step_mean
 from slipstream.objectives.segments import row_sum
@@ -72,8 +72,10 @@ class NashMDTrainer(PairwiseTrainer):
         """Of the present epoch."""
         return schedule.present(self.args.mixture_coef, self.state.epoch)
 
-    def ask_engine(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """y of the policy and y' of the mixture."""
+    def ask_engine(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[list[Completion]]:
+        """y of the policy and y' of the mixture: no prompt has both before the end."""
         return self.ask_with_reference(requests, sampling, self.mixture_coef)
 
     def learns_from(self, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slipstream.config import option
-from slipstream.generation.engine import Request, Sampling
+from slipstream.generation.engine import OnFinished, Request, Sampling
 from slipstream.modeling.logprobs import PolicyOutput
 from slipstream.objectives.pairwise import exploration_bonus, step_mean
 from slipstream.records import Completion, MicroBatch
@@ -54,8 +54,10 @@ class XPOTrainer(PairwiseTrainer):
     args: XPOConfig
     own_rows = slice(None, None, 2)
 
-    def ask_engine(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """y of the policy and y' of the reference."""
+    def ask_engine(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[list[Completion]]:
+        """y of the policy and y' of the reference: no prompt has both before the end."""
         return self.ask_with_reference(requests, sampling, 1.0)
 
     def tally_samples(self, tally: Tally, scores_R: Tensor | None, ended_R: Tensor, counts_R: Tensor) -> None:

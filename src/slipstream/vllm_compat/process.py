@@ -19,7 +19,8 @@ import gc
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from slipstream.vllm_compat import load, on_cpu
@@ -88,6 +89,29 @@ def release_memory() -> None:
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def telling(llm: Any, finished: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within, `llm.generate` calls `finished` with the number of a prompt and vLLM's answer to it when it is there.
+
+    vLLM numbers requests in the order of their prompts, and gives all answers back at the end alone.
+    """
+    engine, first = llm.llm_engine, llm.request_counter.counter
+    step = engine.step
+
+    def tell() -> Any:
+        outputs = step()
+        for output in outputs:
+            if output.finished:
+                finished(int(output.request_id) - first, output)
+        return outputs
+
+    engine.step = tell
+    try:
+        yield
+    finally:
+        del engine.step
 
 
 def abort_all(llm: Any) -> None:
