@@ -58,14 +58,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds a run may take")
-    parser.add_argument("options", nargs="*", help="after --: options of slipstream grpo")
-    args = parser.parse_args()
+    parser.usage = "%(prog)s config --out FILE [options] [-- options of slipstream grpo]"
+    # argparse, from Python 3.12 on, takes no positional arguments after -- that come behind an option.
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, options = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     machine = subprocess.run(
         [sys.executable, "-m", "slipstream", "env", "--json"], capture_output=True, text=True, timeout=120
     )
-    result: dict = {"config": args.config, "options": args.options, "machine": json.loads(machine.stdout), "runs": {}}
+    result: dict = {"config": args.config, "options": options, "machine": json.loads(machine.stdout), "runs": {}}
     for mode in args.modes:
-        result["runs"][mode] = run(args.config, args.options, mode, args.timeout)
+        result["runs"][mode] = run(args.config, options, mode, args.timeout)
         print(mode, result["runs"][mode].get("error") or result["runs"][mode]["last_line"], flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1))

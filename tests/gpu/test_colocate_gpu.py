@@ -18,7 +18,8 @@ pytestmark = pytest.mark.gpu
 
 GREEDY = Sampling(max_tokens=24, temperature=0)
 GIB = 1 << 30
-LIMITS = {"float32": 2e-2, "bfloat16": 0.5}  # max |difference| of log-probabilities; a stale layer gives several nats
+# max |difference| of log-probabilities, about twice what an H200 shows; a stale layer gives several nats
+LIMITS = {"float32": 5e-2, "bfloat16": 1.0}
 OPTIONS = {"max_model_len": 256, "max_num_seqs": 16, "gpu_memory_utilization": 0.2, "enable_sleep_mode": True}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,12 @@ def test_a_token_takes_twice_the_cache(tmp_path):
     alone = cpu_cache_bytes(options)
     assert cpu_cache_bytes(options | {"additional_config": {"other": 1}}) == alone
     assert cpu_cache_bytes(options | {"additional_config": {REFERENCE_OPTION: True}}) == 2 * alone
+
+
+@pytest.mark.parametrize("name", ["embed_input_ids", "forward", "compute_logits"])
+def test_vllm_takes_it_for_a_text_model(name):
+    # From Python 3.12 on isinstance() with vLLM's protocol asks the class, not `__getattr__`.
+    assert callable(inspect.getattr_static(mixture.MixtureModel, name))
 
 
 def config(layers=(), multimodal=False, stages=1):

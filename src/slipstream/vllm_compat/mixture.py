@@ -92,6 +92,12 @@ class MixtureModel(nn.Module):
                 raise
             return getattr(self.policy, name)
 
+    def embed_input_ids(self, input_ids: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """Rows of the policy's embedding. vLLM tells a text model by its having this, which from Python 3.12 on
+        `__getattr__` cannot answer: `isinstance` with a protocol looks past it."""
+        rows: Tensor = self.policy.embed_input_ids(input_ids, *arguments, **options)  # type: ignore[operator]
+        return rows
+
     def forward(self, input_ids: Tensor | None, positions: Tensor, **inputs: Any) -> Tensor:
         """Hidden states, those of the policy and then those of the reference in the last dimension if both run."""
         states = [model(input_ids=input_ids, positions=positions, **inputs) for model in self._running()]
