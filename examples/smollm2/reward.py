@@ -17,3 +17,12 @@ def correct(completions: list[Any], solution: list[str], **columns: Any) -> list
     return [
         float(match is not None and int(match[1]) == int(right)) for match, right in zip(matches, solution, strict=True)
     ]
+
+
+def near(completions: list[Any], solution: list[str], **columns: Any) -> list[float]:
+    """Up to 0.5 for an answer in its place, less the further it is from the solution; 0.0 for one that is elsewhere."""
+    matches = [ANSWER.search(completion[-1]["content"]) for completion in completions]
+    return [
+        0.5 / (1 + abs(int(match[1]) - int(right))) if match is not None else 0.0
+        for match, right in zip(matches, solution, strict=True)
+    ]

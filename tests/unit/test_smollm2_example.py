@@ -154,6 +154,12 @@ def test_reward(text, expected):
     assert reward.correct(completions=completions, solution=["7"], prompts=[None]) == [expected]
 
 
+def test_near_tells_wrong_answers_apart():
+    texts = ["so\n#### 7", "#### 8", "#### 17", "7", "#### 7 apples"]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    assert reward.near(completions, solution=["7"] * 5) == [0.5, 0.25, 0.5 / 11, 0.0, 0.0]
+
+
 def test_the_examples_in_the_prompt_earn_the_reward():
     for question, answer in make_data.EXAMPLES:
         assert len(re.findall(r"\d+", question)) == 2
@@ -201,3 +207,17 @@ def test_the_configuration_is_valid(tmp_path, monkeypatch):
     monkeypatch.chdir(EXAMPLE.parents[1])
     [name] = run.reward_funcs
     assert load_reward_function(name)([[{"role": "assistant", "content": "#### 3"}]], solution=["3"]) == [1.0]
+
+
+@pytest.mark.parametrize("config", ["OnlineDPOConfig", "NashMDConfig", "XPOConfig"])
+def test_the_configuration_of_the_pairwise_trainers_is_valid(config, tmp_path, monkeypatch):
+    import slipstream
+    from slipstream.commands.loading import load_reward_function
+    from slipstream.commands.train import parse_settings
+
+    settings = yaml.safe_load((EXAMPLE / "pairs.yaml").read_text())
+    run, args = parse_settings(settings | {"output_dir": str(tmp_path), "bf16": False}, getattr(slipstream, config))
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 128
+    monkeypatch.chdir(EXAMPLE.parents[1])
+    rewards = [load_reward_function(name) for name in run.reward_funcs]
+    assert [r([[{"role": "assistant", "content": "#### 3"}]], solution=["3"]) for r in rewards] == [[1.0], [0.5]]
