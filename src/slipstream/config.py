@@ -77,7 +77,7 @@ class OnlineConfig(TrainingArguments):
     generation_kwargs: dict[str, Any] | str | None = option(None, "Further arguments for the engine's sampling class.")
     chat_template_kwargs: dict[str, Any] | str | None = option(None, "Further variables for the chat template.")
 
-    packing: bool = option(False, "Train on rows without padding, where the model's attention allows it.")
+    packing: bool = option(True, "Train on rows without padding, where the model's attention allows it.")
     share_prompts: bool = option(
         True, "With packing: compute a prompt once for its completions, where that saves more than a tenth."
     )

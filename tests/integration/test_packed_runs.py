@@ -45,7 +45,7 @@ def test_a_model_that_cannot_be_packed_is_padded_and_says_why(tmp_path):
         MambaConfig(vocab_size=128, hidden_size=32, state_size=4, num_hidden_layers=2,
                     eos_token_id=vocabulary.eos_token_id, pad_token_id=vocabulary.pad_token_id)
     )  # fmt: skip
-    with pytest.warns(UserWarning, match="rows are padded instead, since MambaForCausalLM cannot be packed: "):
+    with pytest.warns(UserWarning, match="instead of packed, since MambaForCausalLM cannot be packed: "):
         trainer = make("RLOO", model, tmp_path, packing=True, beta=0.0, arguments={"processing_class": vocabulary})
     trainer.train()
     assert not trainer.packer.packed
