@@ -246,7 +246,10 @@ def test_what_it_refuses(shared, engine):
     with pytest.raises(ValueError, match=r"mixture=1\.5 is not allowed"):
         engine.generate(requests(1.5), SAMPLING)
     for options, message in (
-        ({"enforce_eager": False}, "enforce_eager=False, .* without CUDA graphs"),
+        (
+            {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "FULL"}},
+            "'FULL'.*CUDA graphs of the models' pieces alone",
+        ),
         ({"speculative_config": {"method": "ngram"}}, "speculative_config does not go with"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -90,12 +90,16 @@ def engine_options(
 
 
 def _add_reference(options: dict[str, Any], source: str) -> None:
-    # A captured graph would repeat the branch it was captured in, whatever the mixture is by then.
-    if options.setdefault("enforce_eager", True) is not True:
-        raise ValueError(
-            f"{source}: enforce_eager={options['enforce_eager']!r}, but an engine that samples from the "
-            "reference as well runs without CUDA graphs: leave it out"
-        )
+    if not options.setdefault("enforce_eager", True):
+        # A graph of the whole model would repeat the branch it was captured in, whatever the mixture is by then.
+        compilation = options.get("compilation_config") or {}
+        graphs = compilation.get("cudagraph_mode", "PIECEWISE") if isinstance(compilation, dict) else compilation
+        if graphs not in ("PIECEWISE", "NONE"):
+            raise ValueError(
+                f"{source}: compilation_config={compilation!r}, but an engine that samples from the reference as well "
+                "can have CUDA graphs of the models' pieces alone: give {'cudagraph_mode': 'PIECEWISE'} or leave it out"
+            )
+        options["compilation_config"] = {**compilation, "cudagraph_mode": graphs}
     if options.get("speculative_config"):
         raise ValueError(f"{source}: speculative_config does not go with sampling from the reference: leave it out")
     options["additional_config"] = {**(options.get("additional_config") or {}), vllm_compat.REFERENCE_OPTION: True}

@@ -80,7 +80,8 @@ class MixtureModel(nn.Module):
         self._config = vllm_config.model_config
         self.policy = build(prefix)
         own = f"{prefix}.{REFERENCE}" if prefix else REFERENCE
-        self.reference = build(own)
+        with importlib.import_module("vllm.compilation.backends").set_model_tag(REFERENCE):  # compiled on its own
+            self.reference = build(own)
         _check_layers(vllm_config.compilation_config.static_forward_context, f"{own}.")
 
     def __getattr__(self, name: str) -> Any:
@@ -100,7 +101,10 @@ class MixtureModel(nn.Module):
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, **inputs: Any) -> Tensor:
         """Hidden states, those of the policy and then those of the reference in the last dimension if both run."""
-        states = [model(input_ids=input_ids, positions=positions, **inputs) for model in self._running()]
+        models = self._running()
+        # Kept in a copy: CUDA graphs of the second model may write to the memory that the first's answered in.
+        states = [model(input_ids=input_ids, positions=positions, **inputs).clone() for model in models[:-1]]
+        states.append(models[-1](input_ids=input_ids, positions=positions, **inputs))
         return torch.cat(states, dim=-1) if len(states) > 1 else states[0]
 
     def compute_logits(self, hidden_states: Tensor, **options: Any) -> Tensor | None:
