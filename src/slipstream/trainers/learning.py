@@ -44,7 +44,9 @@ class Learning(SlotLoop):
         if args.packing:
             why = self._obstacle()
             if why:
-                warnings.warn(f"packing=True: rows are padded instead of packed, since {why}.", UserWarning, stacklevel=3)
+                warnings.warn(
+                    f"packing=True: rows are padded instead of packed, since {why}.", UserWarning, stacklevel=3
+                )
         return Packer(
             args.micro_batch_rows,
             self.renderer.tokenizer.pad_token_id,
