@@ -1,0 +1,93 @@
+"""A server whose replicas are spread over two workers each: their halves of every weight arrive, and they answer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+from serving.servers import start_server
+from transformers import AutoModelForCausalLM
+
+from slipstream.generation.engine import Request, Sampling
+from slipstream.serving.client import VLLMClient
+from slipstream.weights.plan import WeightUpdateError
+
+PROMPTS = [[5, 20, 30, 40], [7, 8], [9, 10, 11, 12, 13, 14]]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    # Four heads and two for keys and values, which halve.
+    return tiny.build(tmp_path_factory.mktemp("models") / "halved", hidden=128)
+
+
+@pytest.fixture(scope="module")
+def client(path):
+    server = start_server(path, "--tensor-parallel-size", 2, timeout=240)
+    try:
+        with VLLMClient(base_url=server.url, api_key=server.key) as made:
+            made.log = server
+            yield made
+    finally:
+        server.stop()
+
+
+def changed(path, seed):
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std() / 2)
+    return model
+
+
+def named(model):
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+
+
+@torch.no_grad()
+def errors(model, answers):
+    """The largest difference of log-probabilities, and whether every token is the most likely one."""
+    worst, likeliest = 0.0, True
+    for prompt, group in zip(PROMPTS, answers, strict=True):
+        for completion in group:
+            logits = model(torch.tensor([[*prompt, *completion.ids]])).logits[0, len(prompt) - 1 : -1]
+            logps = logits.log_softmax(-1).gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
+            worst = max(worst, (logps - torch.tensor(completion.logprobs)).abs().max().item())
+            likeliest &= logits.argmax(-1).tolist() == list(completion.ids)
+    return worst, likeliest
+
+
+@pytest.mark.parametrize("way", ["shared memory", "process group"])
+def test_weights_arrive_in_both_halves(client, path, way):
+    assert client.get_world_size() == 2
+    assert "tensor-parallel 2 x data-parallel 1" in client.log.output()
+    if way == "process group":
+        client.init_communicator()
+    for seed in (1, 2):
+        model = changed(path, seed + 10 * (way == "process group"))
+        version = (client.server_info().version or 0) + 1
+        client.update_weights(version, named(model))
+        sampled = client.sample([Request(p, n=2, seed=3) for p in PROMPTS], Sampling(16), version)
+        assert errors(model, sampled)[0] < 1e-4
+        greedy = client.sample([Request(p) for p in PROMPTS], Sampling(16, temperature=0.0), version)
+        assert errors(model, greedy)[1]
+    if way == "process group":
+        client.close_communicator()
+
+
+def test_half_an_update_leaves_the_old_weights(client, path):
+    model = changed(path, 5)
+    version = (client.server_info().version or 0) + 1
+    client.update_weights(version, named(model))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.gate_proj.weight.mul_(float("nan"))
+    with pytest.raises(WeightUpdateError, match="not finite"):
+        client.update_weights(version + 1, named(other))
+    with pytest.raises(WeightUpdateError, match="incomplete"):
+        client.update_weights(version + 1, [(n, t) for n, t in named(model) if "layers.1.mlp.up_proj" not in n])
+    answers = client.sample([Request(p, seed=3) for p in PROMPTS], Sampling(16), version)
+    assert errors(model, answers)[0] < 1e-4
