@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from slipstream.checks import number, one_of
 from slipstream.generation.engine import Sampling
+from slipstream.generation.team import check_team
 
 # Arguments in generation_kwargs that leave the probabilities of tokens as they are.
 NEUTRAL_SAMPLING = {
@@ -107,7 +108,7 @@ class OnlineConfig(TrainingArguments):
     )
     vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU's memory that vLLM may take (colocate).")
     vllm_max_model_length: int | None = option(None, "Longest prompt + completion of the engine; None: the model's.")
-    vllm_tensor_parallel_size: int = option(1, "GPUs that one engine's weights are split over.")
+    vllm_tensor_parallel_size: int = option(1, "GPUs (colocate: processes) that one engine's weights are split over.")
     vllm_server_base_url: str | None = option(None, "URL of the server; replaces its host and port.")
     vllm_server_host: str = option("0.0.0.0", "Host of the server.")
     vllm_server_port: int = option(8000, "Port of the server.")
@@ -218,6 +219,8 @@ class OnlineConfig(TrainingArguments):
             raise ValueError(f"vllm_server_base_url={url!r} is not allowed: it must begin with http:// or https://.")
         if self.use_vllm and self.vllm_mode == "server":
             self._check_server_mode()
+        elif self.use_vllm and self.vllm_tensor_parallel_size > 1:
+            check_team(self.vllm_tensor_parallel_size, self.world_size)
         if self.use_vllm and self.vllm_enable_sleep_mode:
             from slipstream.vllm_compat import check_sleep_supported
 

@@ -13,6 +13,7 @@ from slipstream.generation.engine import OnFinished, Request, Sampling, SyncRepo
 from slipstream.generation.guest import Guest
 from slipstream.generation.requests import check_lengths, completions_of, ids_of, mixture_of
 from slipstream.generation.sleeping import SleepState
+from slipstream.generation.team import check_team, share_requests
 from slipstream.generation.vllm_options import check_sampling, engine_options, sampling_params
 from slipstream.records import Completion
 from slipstream.vllm_compat import check_sleep_supported, mixture, process, token_prompt
@@ -40,7 +41,8 @@ class ColocateEngine:
         dtype: "float32", "bfloat16" or "float16".
         max_model_len: Longest prompt plus completion, in tokens; None: the model's own limit.
         gpu_memory_utilization: Share of the accelerator's memory the engine may take.
-        tensor_parallel_size: Accelerators a copy of the model is spread over; only 1 for now.
+        tensor_parallel_size: Processes of this run, one after the other by rank, whose devices one copy of the model is
+            spread over. They make every call together; each gets the completions of its own requests.
         model_impl: "vllm", "transformers" or "auto": which implementation of the model vLLM runs.
         max_num_seqs: Most sequences sampled at the same time; None: vLLM's choice.
         seed: Seed of unseeded requests. Ranks that sample different prompts need different ones.
@@ -58,10 +60,11 @@ class ColocateEngine:
 
     Raises:
         ImportError: vLLM is missing.
-        NotImplementedError: `tensor_parallel_size` is not 1, or vLLM cannot hold two of this model (see `mixture`).
+        ValueError: An option is unknown to vLLM, or set twice; or the number of processes is no multiple of
+            `tensor_parallel_size`.
+        NotImplementedError: vLLM cannot hold two of this model (see `mixture`).
         RuntimeError: vLLM's version is not supported, another engine is alive in this process, or sleep mode is asked
             for where vLLM cannot sleep.
-        ValueError: An option is unknown to vLLM, or set twice.
     """
 
     def __init__(
@@ -81,16 +84,13 @@ class ColocateEngine:
         reference: bool = False,
         engine_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        if tensor_parallel_size != 1:
-            raise NotImplementedError(
-                f"vllm_tensor_parallel_size={tensor_parallel_size}: a colocated engine has one device a process for "
-                "now. Set it to 1."
-            )
+        check_team(tensor_parallel_size)
         if enable_sleep_mode:
             check_sleep_supported()
         fields = {
             "model": str(model), "dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs,
-            "gpu_memory_utilization": gpu_memory_utilization, "model_impl": model_impl, "seed": seed,
+            "gpu_memory_utilization": gpu_memory_utilization, "tensor_parallel_size": tensor_parallel_size,
+            "model_impl": model_impl, "seed": seed,
             "enable_sleep_mode": enable_sleep_mode, "trust_remote_code": trust_remote_code, "revision": revision,
         }  # fmt: skip
         options = engine_options(fields, engine_kwargs, reference=reference)
@@ -108,6 +108,7 @@ class ColocateEngine:
             if reference:
                 mixture.install()
             self._llm, own_group = process.start(options)
+        self._team = process.team_group() if tensor_parallel_size > 1 else None
         # Also runs when the engine is collected, or still open when Python exits.
         self._end = weakref.finalize(self, _end, self._llm, self._guest, own_group)
         _alive.add(self)
@@ -134,6 +135,10 @@ class ColocateEngine:
                 differ or need a reference that is not there.
         """
         self._sleep.check_generate()
+        own = slice(0, len(requests))
+        if self._team is not None:
+            everyones = share_requests(requests, sampling, self._team)
+            requests, own = everyones.requests, slice(everyones.begin, everyones.end)
         share = mixture_of(requests, has_reference=self._has_reference)
         if self.version is None:
             raise RuntimeError(f"generate: {self._why_unusable}")
@@ -150,9 +155,12 @@ class ColocateEngine:
             telling: Any = contextlib.nullcontext()
             if on_finished is not None:
                 tell = on_finished
-                telling = process.telling(
-                    self._llm, lambda i, answer: tell(i, ids_of(requests[i], answer.outputs, sampling))
-                )
+
+                def told(index: int, answer: Any) -> None:
+                    if own.start <= index < own.stop:
+                        tell(index - own.start, ids_of(requests[index], answer.outputs, sampling))
+
+                telling = process.telling(self._llm, told)
             try:
                 with telling:
                     outputs = self._llm.generate(prompts, params, use_tqdm=False)
@@ -163,7 +171,7 @@ class ColocateEngine:
             raise RuntimeError(f"generate: vLLM answered {len(outputs)} of {len(requests)} requests")
         return [
             completions_of(index, request, output.outputs, sampling, self.version)
-            for index, (request, output) in enumerate(zip(requests, outputs, strict=True))
+            for index, (request, output) in enumerate(zip(requests[own], outputs[own], strict=True))
         ]
 
     def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> SyncReport:

@@ -83,8 +83,8 @@ def engine_options(
         options.setdefault("enable_chunked_prefill", False)
         if "kv_cache_memory_bytes" not in options:
             options["kv_cache_memory_bytes"] = cpu_cache_bytes(options)
-    elif _ranks() > 1:
-        # Every rank has an engine of its own on its own device; this executor takes the device from LOCAL_RANK.
+    if options.get("tensor_parallel_size", 1) > 1 or (_ranks() > 1 and not vllm_compat.on_cpu()):
+        # Every rank has one worker on its own device; this executor takes the device from LOCAL_RANK.
         options.setdefault("distributed_executor_backend", "external_launcher")
     return options
 

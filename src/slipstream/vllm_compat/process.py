@@ -77,6 +77,11 @@ def shut_down(llm: Any, own_group: bool) -> None:
     leave_groups(own_group=own_group)
 
 
+def team_group() -> Any:
+    """Process group (CPU) of the engines that hold one copy of the weights together."""
+    return importlib.import_module("vllm.distributed.parallel_state").get_tp_group().cpu_group
+
+
 def worker_of(llm: Any) -> Any:
     """The worker of an in-process engine: it has `vllm_config` and `model_runner`."""
     worker = llm.llm_engine.model_executor.driver_worker
