@@ -309,7 +309,7 @@ def test_options_are_checked_before_an_engine_starts(tiny_model):
         start(engine_kwargs={"max_model_len": 512})
     with pytest.raises(ValueError, match="logprobs_mode='raw_logprobs'"):
         start(engine_kwargs={"logprobs_mode": "raw_logprobs"})
-    with pytest.raises(ValueError, match=r"vllm_tensor_parallel_size=2: .*there is 1\\. Start .*--num_processes 2"):
+    with pytest.raises(ValueError, match=r"vllm_tensor_parallel_size=2: .*there is 1\. Start .*--num_processes 2"):
         start(tensor_parallel_size=2)
     with pytest.raises(RuntimeError, match="vllm_enable_sleep_mode"):
         start(enable_sleep_mode=True)

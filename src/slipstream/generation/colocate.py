@@ -9,11 +9,12 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from slipstream import vllm_compat
 from slipstream.generation.engine import OnFinished, Request, Sampling, SyncReport
 from slipstream.generation.guest import Guest
 from slipstream.generation.requests import check_lengths, completions_of, ids_of, mixture_of
 from slipstream.generation.sleeping import SleepState
-from slipstream.generation.team import check_team, share_requests
+from slipstream.generation.team import check_team, ranks, share_requests
 from slipstream.generation.vllm_options import check_sampling, engine_options, sampling_params
 from slipstream.records import Completion
 from slipstream.vllm_compat import check_sleep_supported, mixture, process, token_prompt
@@ -94,6 +95,9 @@ class ColocateEngine:
             "enable_sleep_mode": enable_sleep_mode, "trust_remote_code": trust_remote_code, "revision": revision,
         }  # fmt: skip
         options = engine_options(fields, engine_kwargs, reference=reference)
+        if tensor_parallel_size > 1 or (ranks() > 1 and not vllm_compat.on_cpu()):
+            # Every rank has one worker on its own device; this executor takes the device from LOCAL_RANK.
+            options.setdefault("distributed_executor_backend", "external_launcher")
         if _alive:
             raise RuntimeError("another ColocateEngine is alive in this process; close() it before making a new one")
         self.version: int | None = None

@@ -24,12 +24,17 @@ class Share:
     end: int
 
 
+def ranks() -> int:
+    """Number of this run's processes."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def check_team(size: int, world: int | None = None) -> None:
     """Raise ValueError unless this run's processes (`world` of them, if given) can be split into teams of `size`."""
     if world is None:
-        import torch.distributed as dist
-
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        world = ranks()
     if world % size:
         raise ValueError(
             f"vllm_tensor_parallel_size={size}: a colocated engine is spread over the devices of that many processes, "

@@ -83,9 +83,6 @@ def engine_options(
         options.setdefault("enable_chunked_prefill", False)
         if "kv_cache_memory_bytes" not in options:
             options["kv_cache_memory_bytes"] = cpu_cache_bytes(options)
-    if options.get("tensor_parallel_size", 1) > 1 or (_ranks() > 1 and not vllm_compat.on_cpu()):
-        # Every rank has one worker on its own device; this executor takes the device from LOCAL_RANK.
-        options.setdefault("distributed_executor_backend", "external_launcher")
     return options
 
 
@@ -165,9 +162,3 @@ def sampling_params(request: Request, sampling: Sampling) -> Any:
 def check_sampling(sampling: Sampling) -> None:
     """Raise ValueError if `sampling.extra` has an option that vLLM's SamplingParams lacks, or one with a field here."""
     check_names("generation_kwargs", sampling.extra, vllm_compat.sampling_option_names(), SAMPLING_FIELDS)
-
-
-def _ranks() -> int:
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
