@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import time
 import weakref
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from slipstream.weights.plan import Plan
 
+logger = logging.getLogger(__name__)
 _alive: weakref.WeakSet[ColocateEngine] = weakref.WeakSet()
 
 
@@ -259,12 +261,20 @@ class ColocateEngine:
         """End the engine and free its memory. Closing twice is closing once."""
         if self._sleep.closed:
             return
+        if self._sleep.asleep:
+            # vLLM's allocator unmaps what it frees: of memory that is asleep, and so unmapped already, it makes an
+            # error that stays, and the next engine of this process cannot sleep.
+            try:
+                self.wake()
+            except RuntimeError as error:
+                logger.warning("close: the sleeping engine's memory could not be woken to free it: %s", error)
         self._sleep.closed = True
         self.version, self._llm = None, None
         self._end()
         _alive.discard(self)
         gc.collect()
         process.release_memory()
+        process.release_pools()
 
     def _lose_weights(self, why: str) -> None:
         self.version, self._why_unusable = None, why

@@ -18,6 +18,7 @@ import functools
 import gc
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,6 +95,18 @@ def release_memory() -> None:
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def release_pools() -> None:
+    """Drop the memory pools of an engine that could sleep and has ended.
+
+    The next engine would replace them in an order that frees an allocator before the pool that calls it, which aborts
+    the process.
+    """
+    cumem = sys.modules.get("vllm.device_allocator.cumem")
+    allocator = cumem and cumem.CuMemAllocator.instance
+    if allocator:
+        allocator.release_pools()
 
 
 @contextmanager
