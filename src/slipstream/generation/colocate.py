@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import gc
 import logging
 import time
@@ -18,7 +20,7 @@ from slipstream.generation.sleeping import SleepState
 from slipstream.generation.team import check_team, ranks, share_requests
 from slipstream.generation.vllm_options import check_sampling, engine_options, sampling_params
 from slipstream.records import Completion
-from slipstream.vllm_compat import check_sleep_supported, mixture, process, token_prompt
+from slipstream.vllm_compat import check_sleep_supported, mixture, process, sampled_logprobs, token_prompt
 from slipstream.weights.plan import WeightUpdateError
 from slipstream.weights.transports import in_place
 
@@ -54,6 +56,8 @@ class ColocateEngine:
         revision: Branch, tag or commit of `model`.
         reference: Whether to hold a second model, the reference, for requests with a mixture above 0. A token then
             takes twice the cache, and the engine runs without CUDA graphs.
+        fast_logprobs: Whether the sampled tokens' log-probabilities are gathered on the device and fetched once a call
+            (see `sampled_logprobs`), where that is known to be right. False: vLLM hands them on, token by token.
         engine_kwargs: Further arguments of `vllm.LLM`, by its names.
 
     Attributes:
@@ -85,6 +89,7 @@ class ColocateEngine:
         trust_remote_code: bool = False,
         revision: str | None = None,
         reference: bool = False,
+        fast_logprobs: bool = True,
         engine_kwargs: dict[str, Any] | None = None,
     ) -> None:
         check_team(tensor_parallel_size)
@@ -114,6 +119,7 @@ class ColocateEngine:
             if reference:
                 mixture.install()
             self._llm, own_group = process.start(options)
+            self._recorder = sampled_logprobs.install(process.worker_of(self._llm)) if fast_logprobs else None
         self._team = process.team_group() if tensor_parallel_size > 1 else None
         # Also runs when the engine is collected, or still open when Python exits.
         self._end = weakref.finalize(self, _end, self._llm, self._guest, own_group)
@@ -152,12 +158,14 @@ class ColocateEngine:
             raise RuntimeError(f"generate: {self._why_no_reference}")
         check_sampling(sampling)
         check_lengths(requests, sampling, self.max_model_len)
+        recorder = self._recorder if sampling.logprobs else None
+        asked = sampling if recorder is None else dataclasses.replace(sampling, logprobs=False)
         with self._guest.inside():
             if self._has_reference:
                 self._llm.collective_rpc(mixture.set_mixture, args=(share,))
             salt = mixture.cache_salt(share)
             prompts = [token_prompt(list(request.prompt_ids), salt) for request in requests]
-            params = [sampling_params(request, sampling) for request in requests]
+            params = [sampling_params(request, asked) for request in requests]
             telling: Any = contextlib.nullcontext()
             if on_finished is not None:
                 tell = on_finished
@@ -168,15 +176,23 @@ class ColocateEngine:
 
                 telling = process.telling(self._llm, told)
             try:
-                with telling:
+                with telling, recorder.recording() if recorder else contextlib.nullcontext():
                     outputs = self._llm.generate(prompts, params, use_tqdm=False)
             except BaseException:
                 process.abort_all(self._llm)  # or the next call would be given this one's leftovers
                 raise
+            recorded = recorder.take() if recorder else None
         if len(outputs) != len(requests):
             raise RuntimeError(f"generate: vLLM answered {len(outputs)} of {len(requests)} requests")
         return [
-            completions_of(index, request, output.outputs, sampling, self.version)
+            completions_of(
+                index,
+                request,
+                output.outputs,
+                sampling,
+                self.version,
+                functools.partial(recorded.of_sample, output.request_id) if recorded else None,
+            )
             for index, (request, output) in enumerate(zip(requests[own], outputs[own], strict=True))
         ]
 
@@ -269,7 +285,7 @@ class ColocateEngine:
             except RuntimeError as error:
                 logger.warning("close: the sleeping engine's memory could not be woken to free it: %s", error)
         self._sleep.closed = True
-        self.version, self._llm = None, None
+        self.version, self._llm, self._recorder = None, None, None
         self._end()
         _alive.discard(self)
         gc.collect()

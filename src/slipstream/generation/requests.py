@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slipstream.generation.engine import Request, Sampling
@@ -56,7 +56,12 @@ def ids_of(request: Request, samples: Sequence[Any], sampling: Sampling) -> list
 
 
 def completions_of(
-    index: int, request: Request, samples: Sequence[Any], sampling: Sampling, version: int
+    index: int,
+    request: Request,
+    samples: Sequence[Any],
+    sampling: Sampling,
+    version: int,
+    logps: Callable[[Any, list[int]], list[float]] | None = None,
 ) -> list[Completion]:
     """The completions of request `index`.
 
@@ -66,6 +71,7 @@ def completions_of(
         samples: What vLLM answered: outputs with ids, a finish reason, and log-probabilities if they were asked for.
         sampling: How they were sampled.
         version: Of the weights that sampled them.
+        logps: Gives the log-probabilities of a sample's token ids where they are kept apart; None: the sample has them.
 
     Raises:
         RuntimeError: A completion is missing, ended in another way than by a stop or its length, or lacks
@@ -80,7 +86,9 @@ def completions_of(
         if sample.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"generate: vLLM ended a completion of request {index} by {sample.finish_reason!r}")
         ids = list(sample.token_ids)
-        logprobs = list(sample.logprobs.logprobs) if sampling.logprobs else None
+        logprobs = None
+        if sampling.logprobs:
+            logprobs = list(sample.logprobs.logprobs) if logps is None else logps(sample, ids)
         if logprobs is not None and len(logprobs) != len(ids):
             raise RuntimeError(f"generate: vLLM gave {len(logprobs)} log-probabilities for {len(ids)} tokens")
         completions.append(Completion(ids, logprobs, version, sample.finish_reason))
