@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from slipstream.weights.verify import Probe
 
 
+def model_of(worker: Any) -> Any:
+    """A worker's model."""
+    return worker.model_runner.get_model()
+
+
 def parameters(worker: Any) -> dict[str, Any]:
     """A worker's parameters by name, tied ones once."""
     return {name: parameter.data for name, parameter in worker.model_runner.get_model().named_parameters()}
@@ -113,6 +118,47 @@ def packed_layers(worker: Any) -> list[Probe]:
         apply = functools.partial(module.quant_method.apply, module)
         probes.append(Probe(name, names[id(module.weight)], apply, module.weight.dtype))
     return probes
+
+
+def more_than_copies(worker: Any) -> str | None:
+    """Why loading weights into the model is more than copies into its parameters, by its layers; None if it is not.
+
+    What vLLM does after a load is asked of each layer: its quantization method, and a `process_weights_after_loading`
+    of its own. Of these, the unquantized methods of linear layers and embeddings do nothing on a GPU, and plain
+    attention sets its scales to the constants that they have already. All others (quantization, experts, MLA, attention
+    with sinks in another type, fused operators) are named here, and so are tensors that a layer keeps beside its
+    parameters and buffers, which may be made from weights.
+    """
+    if on_cpu():
+        layers = packed_layers(worker)
+        if layers:
+            return f"{layers[0].layer} computes with a packed copy"
+    import torch
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+    from vllm.v1.attention.backend import AttentionImplBase
+
+    for name, module in worker.model_runner.get_model().named_modules():
+        method = getattr(module, "quant_method", None)
+        if type(method) not in (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+            return f"{name} ({type(method).__name__})"
+        if isinstance(module, Attention):
+            after = type(module.impl).process_weights_after_loading
+            same = type(module).process_weights_after_loading is Attention.process_weights_after_loading
+            if not same or after is not AttentionImplBase.process_weights_after_loading:
+                return f"{name} ({type(module.impl).__name__})"
+        elif hasattr(module, "process_weights_after_loading"):
+            return f"{name} ({type(module).__name__})"
+        beside = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor) and key != "kv_cache"]
+        if beside:
+            return f"{name}.{beside[0]} (a tensor beside the parameters)"
+    return None
+
+
+def buffers(worker: Any) -> list[Any]:
+    """A worker's buffers: rotary tables, attention's scales and the like, those that are not saved too."""
+    return list(worker.model_runner.get_model().buffers())
 
 
 def forget_model(worker: Any) -> None:

@@ -67,11 +67,13 @@ class Plan:
         signature: Names and shapes that it holds for.
         regions: Every copy into the engine's parameters.
         layouts: Size and stride of each parameter as its weights are loaded, by name.
+        zeros: Parameter and part of it that the loading fills with zeros, as where it pads a vocabulary.
     """
 
     signature: Signature
     regions: tuple[Region, ...]
     layouts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    zeros: tuple[tuple[str, View], ...] = ()
 
 
 def signature_of(tensors: Sequence[tuple[str, Tensor]]) -> Signature:
@@ -119,7 +121,7 @@ def make_plan(
         ) from error
     _check_coverage(parameters, recorder, [name for name, _ in tensors])
     layouts = {name: (tuple(p.shape), p.stride()) for name, p in parameters.items()}
-    return Plan(signature_of(tensors), tuple(recorder.regions), layouts)
+    return Plan(signature_of(tensors), tuple(recorder.regions), layouts, tuple(recorder.zeros))
 
 
 def _check_coverage(parameters: dict[str, Tensor], recorder: _Recorder, sent: Sequence[str]) -> None:
@@ -170,6 +172,7 @@ class _Recorder(TorchDispatchMode):
         self.regions: list[Region] = []
         self.used: set[str] = set()
         self.zeroed: dict[str, int] = defaultdict(int)
+        self.zeros: list[tuple[str, View]] = []
         self._targets = {_storage(p): (name, int(p.storage_offset())) for name, p in parameters.items()}
         self._sent = {_storage(tensor): name for name, tensor in sent}
         self._origins = {storage: frozenset([name]) for storage, name in self._sent.items()}
@@ -182,7 +185,7 @@ class _Recorder(TorchDispatchMode):
             self._note(args[0], args[1])
             return args[0]
         if func in (aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default):
-            self._note_fill(args[0])
+            self._note_fill(args[0], args[1] if len(args) > 1 else 0)
             return args[0]
         if func is aten._local_scalar_dense.default:
             self._scalar = self._origins.get(_storage(args[0]), frozenset())
@@ -209,17 +212,19 @@ class _Recorder(TorchDispatchMode):
         view = View(tuple(target.shape), target.stride(), int(target.storage_offset()) - start)
         self.regions.append(Region(name, view, sent, View.of(source) if sent else None))
 
-    def _note_fill(self, target: Tensor) -> None:
+    def _note_fill(self, target: Tensor, value: Any) -> None:
         parameter = self._targets.get(_storage(target))
         if parameter is None:
             return
+        view = View(tuple(target.shape), target.stride(), int(target.storage_offset()) - parameter[1])
         if self._scalar:
-            view = View(tuple(target.shape), target.stride(), int(target.storage_offset()) - parameter[1])
             self.regions.append(Region(parameter[0], view, None, None))
             self.used |= self._scalar
             self._scalar = frozenset()
-        else:
-            self.zeroed[parameter[0]] += target.numel()
+            return
+        self.zeroed[parameter[0]] += target.numel()
+        if not isinstance(value, Tensor) and value == 0:
+            self.zeros.append((parameter[0], view))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slipstream.weights.plan import Plan, Region, WeightUpdateError, some
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PROBED_COLUMNS = 8
 
 
@@ -38,7 +38,7 @@ def checksum(tensor: Tensor) -> Tensor:
             flat = flat.clone()
         rows = flat.view(torch.int64).view(count, -1).sum(-1)
     else:
-        rows = flat.view(_BITS[size]).view(count, -1).sum(-1, dtype=torch.int64)
+        rows = flat.view(BITS[size]).view(count, -1).sum(-1, dtype=torch.int64)
     return (rows * _factors(count, rows.device)).sum()
 
 
