@@ -9,6 +9,8 @@ padded on the right to the longest of their micro-batch, with whole logits.
     python benchmarks/training_step.py                                         # small, on the CPU
     python benchmarks/training_step.py --shape qwen2-1.5b --prompt-tokens 1000 \
         --out benchmarks/results/training_step_h200_1000.json                  # on a GPU
+    python benchmarks/training_step.py --shape qwen2-1.5b --prompts 16 --completion-tokens 200 --max-completion 512 \
+        --sweep --out benchmarks/results/training_sweep_h200.json              # on a GPU, see training_sweep.py
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import flops
 import torch
+import training_sweep
 import transformers
+from shapes import SHAPES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from slipstream.modeling.attention import packed_attention
 from slipstream.modeling.logprobs import score_tokens
@@ -36,20 +41,6 @@ from slipstream.modeling.packable import obstacle
 from slipstream.modeling.packing import Packer
 from slipstream.records import Completion, Prompt, Rollout, StepTotals
 
-SHAPES: dict[str, PretrainedConfig] = {
-    "tiny": LlamaConfig(
-        vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True,
-    ),
-    "smollm2-135m": LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
-    ),
-    "qwen2-1.5b": Qwen2Config(
-        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-        num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
 ROWS = {"padded": {}, "packed": {"packed": True}, "shared": {"packed": True, "share_prompts": True}}
 WHOLE = 10**9
 
@@ -117,7 +108,8 @@ def learn(model: torch.nn.Module, packer: Packer, rollouts: list[Rollout], chunk
     totals = StepTotals(len(rollouts), sum(len(r.completion.ids) for r in rollouts), 1)
     tokens = micro_batches = 0
     with packed_attention(model) if packer.packed else nullcontext():
-        for batch in packer.pack(rollouts, totals):
+        # All before the first of them, as trainers do: copies to the device wait for what runs there.
+        for batch in list(packer.pack(rollouts, totals)):
             with autocast():
                 output = score_tokens(model, head, batch, temperature=1.0, entropies=True, chunk_rows=chunk_rows)
                 loss = -(batch.advantages_B[batch.rows_N] * output.logps_N).sum() / totals.tokens
@@ -137,14 +129,14 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     """Every way, and how they compare."""
     config = SHAPES[args.shape]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).to(device).train()
-    if args.gradient_checkpointing:
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.weights)).to(device).train()
+    if args.gradient_checkpointing == "on":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     why = obstacle(model, model.get_output_embeddings())
     if why is not None:
         raise SystemExit(f"packed rows do not work: {why}")
     rollouts = make_rollouts(args, config.vocab_size)
-    half = device.type == "cuda" and args.dtype == "float32"
+    half = device.type == "cuda" and args.weights == "float32"
     autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if half else nullcontext
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     # Others may work on the same processor.
@@ -188,32 +180,42 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     result = {"rollout_tokens": real, "parameters": parameters, "ways": ways}
     if device.type == "cuda":
-        rate = matrix_rate(device)
+        rate = flops.matrix_rate(device)
+        operations = [flops.needed(config, parameters, rollouts, prompts_once=once) for once in (False, True)]
         result["matrix_flops_per_second"] = rate
-        for way in ways.values():
+        for name, way in ways.items():
             if "seconds" in way:
-                way["model_flops_utilization"] = 6 * parameters * real / way["seconds"] / rate
+                way["utilization"] = operations[name.startswith("shared")] / way["seconds"] / rate
+                way["utilization_of_all"] = operations[0] / way["seconds"] / rate
     return result
 
 
-def matrix_rate(device: torch.device, size: int = 8192, repeats: int = 20) -> float:
-    """Operations a second of a large bfloat16 product."""
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        left @ right
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        left @ right
-    torch.cuda.synchronize()
-    return 2 * size**3 * repeats / (time.perf_counter() - start)
+def sweep(args: argparse.Namespace) -> dict:
+    """Settings one after the other; what a setting leaves out is as the other options say."""
+    defaults = {name: getattr(args, name) for name in ("weights", "optimizer", "compile", "liger")}
+    defaults |= {"gradient_checkpointing": args.gradient_checkpointing, "way": "packed", "entropies": "on"}
+    rollouts = make_rollouts(args, SHAPES[args.shape].vocab_size)
+    return training_sweep.sweep(args, rollouts, defaults | {"tokens": 16384})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny", help="random weights of this shape")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", help="of the weights; float32 computes in bfloat16 on a GPU")
+    parser.add_argument(
+        "--weights", choices=("float32", "bfloat16"), default="float32", help="float32 computes in bfloat16 on a GPU"
+    )
+    parser.add_argument(
+        "--sweep",
+        nargs="*",
+        default=None,
+        metavar="SETTING",
+        help="settings such as way=packed,tokens=16384,compile=parts one after the other, instead of the comparison; "
+        "none: the usual ones",
+    )
+    parser.add_argument("--optimizer", choices=("off", "adamw"), default="off", help="in a sweep; fused on a GPU")
+    parser.add_argument("--compile", choices=("off", "parts", "layers"), default="off", help="in a sweep")
+    parser.add_argument("--liger", choices=("off", "on"), default="off", help="in a sweep")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group", type=int, default=8, help="completions a prompt")
     parser.add_argument("--rows", type=int, default=4, help="rows of a padded micro-batch")
@@ -223,7 +225,14 @@ def main() -> None:
     parser.add_argument(
         "--chunk-rows", type=int, default=None, help="rows of logits; by default 128, and many on a GPU"
     )
-    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        choices=("on", "off"),
+        nargs="?",
+        const="on",
+        default="off",
+        help="on if given alone",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
@@ -238,10 +247,16 @@ def main() -> None:
         "device": name,
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    } | measure(args, device)  # fmt: skip
-    out = args.out or Path(__file__).parent / "results" / f"training_step_{device.type}.json"
+    } | (measure(args, device) if args.sweep is None else sweep(args))  # fmt: skip
+    kind = "step" if args.sweep is None else "sweep"
+    out = args.out or Path(__file__).parent / "results" / f"training_{kind}_{device.type}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
+    if args.sweep is not None:
+        print(f"matrix rate {result['matrix_flops_per_second'] / 1e12:.0f} TFLOP/s; seconds, use, of all, peak")
+        for text, row in result["sweep"].items():
+            print(training_sweep.line(text, row))
+        return
     print(f"{'':18}{'seconds':>9}{'speedup':>9}{'peak MiB':>10}{'memory':>8}{'tokens':>9}{'gradient':>10}")
     for way, values in result["ways"].items():
         if "error" in values:
