@@ -14,7 +14,7 @@ from slipstream.weights.export import named_tensors
 pytestmark = pytest.mark.gpu
 
 PROMPTS = [[5 + (i * j) % 90 for i in range(20 + j)] for j in range(1, 7)]
-LIMIT = 0.2  # rounding of bfloat16
+LIMIT = 1.0  # rounding of bfloat16 with random weights
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
