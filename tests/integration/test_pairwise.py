@@ -230,6 +230,27 @@ class TestPairs:
         for field, (first, later) in values.items():
             assert history(trainer, field) == [pytest.approx(v) for v in (first, later, later)]
 
+    def test_an_evaluation_has_the_values_of_the_epoch_that_was_trained(self, tiny_model, tmp_path, monkeypatch, name):
+        """At an epoch's end transformers counts the next one already."""
+        values = {"XPO": {"alpha": [1e-5, 0.1]}, "NashMD": {"mixture_coef": [0.5, 0.25]}}.get(name, {})
+        settings = {"rows": ROWS[:4], "evaluate": ROWS[:2], "max_steps": 2, "beta": [0.1, 0.3], **values}
+        trainer = make(name, tiny_model, tmp_path, eval_strategy="epoch", save_strategy="epoch", **settings)
+        asked = []
+        original = trainer.engine.generate
+        monkeypatch.setattr(
+            trainer.engine, "generate", lambda r, *rest: asked.append((len(r), r[0].mixture)) or original(r, *rest)
+        )
+        trainer.train()
+        for field, expected in ({"beta": [0.1, 0.3]} | values).items():
+            assert history(trainer, f"eval_{field}") == pytest.approx(expected), field
+        if name == "NashMD":
+            # Of both completions of two evaluated prompts.
+            assert [mixture for count, mixture in asked if count == 2] == [0.0, 0.5, 0.0, 0.25]
+
+        resumed = make(name, tiny_model, tmp_path, **settings | {"max_steps": 1})
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert resumed.evaluate()["eval_beta"] == pytest.approx(0.1)
+
     def test_metrics_of_a_group_are_those_of_a_group(self, tiny_model, tmp_path, name):
         trainer = make(name, tiny_model, tmp_path)
         sample(trainer)

@@ -21,6 +21,8 @@ class Algorithm(Trainer):
     """The hooks of a trainer. `credit` and `objective` are every algorithm's own; the others have a default.
 
     Attributes:
+        epoch: Of the optimizer step at hand, or of the last one; 0 is the first. (At an epoch's end `state.epoch` is
+            that of the next one already, though what is evaluated then belongs to this one.)
         judge: Compares completions in the place of reward functions, or None.
         own_rows: Which rows of a prompt's completions the policy has sampled alone: the metrics of rewards and lengths
             are theirs.
@@ -30,6 +32,7 @@ class Algorithm(Trainer):
 
     config_class: type[OnlineConfig] = OnlineConfig
     args: OnlineConfig
+    epoch = 0
     judge: BasePairwiseJudge | None = None
     own_rows = slice(None)
     rollout_func: RolloutFunction | None = None

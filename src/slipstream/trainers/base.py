@@ -159,6 +159,7 @@ class OnlineTrainer(Evaluating):
         """
         # A run before this one may have been stopped anywhere; its last rollouts are not this run's.
         self._slots, self._batch, self.metrics, self._resume.state = [], None, Metrics(), None
+        self.epoch = 0
         if resume_from_checkpoint:
             resume_from_checkpoint, self._resume.state = checkpoint.read(self, resume_from_checkpoint)
         try:
@@ -201,7 +202,7 @@ class OnlineTrainer(Evaluating):
         self._slots.append(slot)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        slots, self._slots = self._slots, []
+        slots, self._slots, self.epoch = self._slots, [], slot.epoch
         self._set_training(True)
         rollouts = [rollout for slot in slots for rollout in self._rollouts(slot)]
         with self.clock.phase("train"):

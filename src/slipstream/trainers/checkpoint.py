@@ -7,6 +7,7 @@ the log; which prompts come next and how completions are sampled follow from the
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -161,6 +162,7 @@ def _load(path: Path, way_out: str) -> dict[str, Any]:
 
 def _restore(trainer: OnlineTrainer, state: dict[str, Any]) -> None:
     trainer._batch = state["batch"]
+    trainer.epoch = max(0, math.ceil(trainer.state.epoch or 0) - 1)
     trainer.metrics = Metrics(state["metrics"])
     loss, trainer._total_loss_scalar, trainer._globalstep_last_logged = state["loss"]
     trainer._tr_loss = loss.to(trainer.args.device)

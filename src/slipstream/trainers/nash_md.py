@@ -70,7 +70,7 @@ class NashMDTrainer(PairwiseTrainer):
     @property
     def mixture_coef(self) -> float:
         """Of the present epoch."""
-        return schedule.present(self.args.mixture_coef, self.state.epoch)
+        return schedule.present(self.args.mixture_coef, self.epoch)
 
     def ask_engine(
         self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None

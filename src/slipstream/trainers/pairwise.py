@@ -163,7 +163,7 @@ class PairwiseTrainer(OnlineTrainer):
     @property
     def beta(self) -> float:
         """Of the present epoch."""
-        return schedule.present(self.args.beta, self.state.epoch)
+        return schedule.present(self.args.beta, self.epoch)
 
     def credit(self, rollouts: Sequence[Rollout], group_size: int, real: int) -> dict[str, float]:
         """Advantages p - 1/2, where p is the probability (or 0 or 1) that a completion is better than the other."""

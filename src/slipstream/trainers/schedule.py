@@ -28,11 +28,11 @@ def checked(field: str, value: Any, **bounds: Any) -> Any:
     return list(value) if len(value) > 1 else value[0]
 
 
-def present(value: float | list[float], epoch: float | None) -> float:
-    """The value of an epoch (0 is the first; None: not yet begun); the last of a list stays."""
+def present(value: float | list[float], epoch: int) -> float:
+    """The value of an epoch (0 is the first); the last of a list stays."""
     if not isinstance(value, list):
         return value
-    return value[min(int(epoch or 0), len(value) - 1)]
+    return value[min(epoch, len(value) - 1)]
 
 
 def highest(value: float | list[float]) -> float:

@@ -72,7 +72,7 @@ class XPOTrainer(PairwiseTrainer):
 
     def objective(self, output: PolicyOutput, batch: MicroBatch, tally: Tally) -> Tensor:  # type: ignore[override]
         """DPO's loss and the bonus, a mean over the pairs that were judged."""
-        pairs, alpha = self.pairs(output, batch), schedule.present(self.args.alpha, self.state.epoch)
+        pairs, alpha = self.pairs(output, batch), schedule.present(self.args.alpha, self.epoch)
         dpo_P = self.preference_loss(pairs, self.beta, tally)
         bonus_P = exploration_bonus(pairs.logps_B[1::2], alpha)
         tally.mean("loss/dpo", dpo_P, pairs.counts_P)
