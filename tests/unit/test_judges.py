@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from integration import rounds
 from transformers import AutoModelForCausalLM
 
 from slipstream import OnlineDPOConfig, OnlineDPOTrainer
@@ -379,11 +380,28 @@ def test_a_wrong_key_or_name_ends_the_run_before_it_has_begun(endpoint, status):
 
 
 def test_requests_have_a_limit(endpoint):
+    judge = judge_of(endpoint, max_requests=5)
+    assert -1 not in judge.judge(["?"] * 3, MANY[:3])
+    with pytest.raises(RuntimeError, match=r"max_requests=5: 3 have been made, and 3 more are asked for.* raise it"):
+        judge.judge(["?"] * 3, MANY[:3])
+    assert len(endpoint.asked) == 3, "none is paid for that could not be used"
+    assert -1 not in judge.judge(["?"] * 2, MANY[:2])
+
+
+def test_there_is_no_limit_unless_it_is_set(endpoint):
+    judge = judge_of(endpoint)
+    judge.requests = 10**6
+    assert judge.judge(["?"], [("good", "bad")]) == [0]
+
+
+def test_a_run_ends_when_its_requests_do(endpoint, tiny_model, tmp_path):
+    """Going on would be steps that learn from nothing."""
     judge = judge_of(endpoint, max_requests=3)
-    votes = judge.judge(["?"] * 5, MANY[:5])
-    assert votes.count(-1) == 2
-    assert len(endpoint.asked) == 3
-    assert judge.take_failures() == {"max_requests=3 have been made": 2}
+    trainer = rounds.make("OnlineDPO", tiny_model, tmp_path, per_device_train_batch_size=2,
+                          arguments={"reward_funcs": None, "judge": judge})  # fmt: skip
+    with pytest.raises(RuntimeError, match="max_requests=3: 2 have been made"):
+        trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_nobody_there(monkeypatch):

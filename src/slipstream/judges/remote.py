@@ -54,8 +54,8 @@ class OpenAIPairwiseJudge(BasePairwiseJudge):
         model: Name of the model.
         system_prompt: What is asked: a text with {prompt}, {response0} and {response1}, other braces doubled; the
             answer must be 0 or 1. None: a question of ours.
-        max_requests: Judgements asked for in the life of the judge, at most, so that a bill has a limit; None: no
-            limit.
+        max_requests: Judgements asked for in the life of the judge, at most, so that a bill has a limit: a call that
+            would go beyond it is an error, which ends a run. Each process counts its own. None: no limit.
         base_url: Where the API is; None: the environment's OPENAI_BASE_URL, else OpenAI.
         api_key: None: the environment's OPENAI_API_KEY; a server elsewhere may need none.
         concurrency: Requests at the same time, at most.
@@ -74,7 +74,7 @@ class OpenAIPairwiseJudge(BasePairwiseJudge):
         self,
         model: str = "gpt-4o-mini",
         system_prompt: str | None = None,
-        max_requests: int | None = 1000,
+        max_requests: int | None = None,
         *,
         base_url: str | None = None,
         api_key: str | None = None,
@@ -114,9 +114,16 @@ class OpenAIPairwiseJudge(BasePairwiseJudge):
         """See `BasePairwiseJudge`.
 
         Raises:
-            RuntimeError: the service refused the key or does not know the address or the model (401, 403, 404), and has
-                never answered this judge.
+            RuntimeError: `max_requests` would not be enough (nothing is asked then); or the service refused the key or
+                does not know the address or the model (401, 403, 404), and has never answered this judge.
         """
+        if self.max_requests is not None and self.requests + len(prompts) > self.max_requests:
+            # As failed judgements, a run would go through all its steps without learning anything from them.
+            raise RuntimeError(
+                f"max_requests={self.max_requests}: {self.requests} have been made, and {len(prompts)} more are asked "
+                "for. A run asks once for each pair of training and of evaluation, twice with both_orders=True: raise "
+                "it, or leave it None for no limit."
+            )
         texts = [
             (as_text(prompt), as_text(first), as_text(second))
             for prompt, (first, second) in zip(prompts, completions, strict=True)
@@ -182,8 +189,6 @@ class OpenAIPairwiseJudge(BasePairwiseJudge):
         """The answer, 0 or 1."""
         import openai
 
-        if self.max_requests is not None and self.requests >= self.max_requests:
-            raise Failure(f"max_requests={self.max_requests} have been made")
         self.requests += 1
         messages = [{"role": "user", "content": question}]
         try:
