@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import time
 
+import psutil
 import pytest
 import tiny
 import torch
-from serving.servers import start_server
+from serving.servers import start_server, until
 from transformers import AutoModelForCausalLM
 
 from slipstream.generation.engine import Request, Sampling
@@ -91,3 +93,22 @@ def test_half_an_update_leaves_the_old_weights(client, path):
         client.update_weights(version + 1, [(n, t) for n, t in named(model) if "layers.1.mlp.up_proj" not in n])
     answers = client.sample([Request(p, seed=3) for p in PROMPTS], Sampling(16), version)
     assert errors(model, answers)[0] < 1e-4
+
+
+def test_an_engine_that_is_starting_ends_with_its_server(path):
+    """vLLM's processes import for seconds what they run, and have no server to ask whether it lives."""
+    server = start_server(path, "--tensor-parallel-size", 2, wait=False)
+
+    def engine():
+        """Where a process below a replica was told to run somebody's function, as vLLM starts its engine core."""
+        return [child for child in server.children() if "spawn_main" in " ".join(child.cmdline())]
+
+    until(engine, 60, server)
+    time.sleep(0.3)
+    children = server.children()
+    server.process.kill()
+    server.process.wait(10)
+    left = psutil.wait_procs(children, timeout=40)[1]
+    for child in left:
+        child.kill()
+    assert not left

@@ -93,3 +93,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":
+    # A process of vLLM's begins with this module: here it is not yet busy for seconds with importing what it runs. Who
+    # was too late even here finds out when it has done so (`async_engine`, `worker`).
+    die_with_parent()
