@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rounds
 import torch
 from safetensors.torch import load_file
 from serving.servers import start_server
@@ -100,6 +101,32 @@ def test_a_server_that_is_too_short_is_refused_at_the_start(tiny_model, tmp_path
 
     with pytest.raises(ValueError, match=r"vllm_max_model_length=1024, but the server .* --max-model-len 256"):
         ServerEngine(server.url, device=torch.device("cpu"), timeout=10, max_model_len=1024)
+
+
+class TestTheServersLength:
+    """Where vllm_max_model_length is not set, the server's own limit holds: 256 tokens. The model could take 512."""
+
+    @pytest.fixture(autouse=True)
+    def there(self, server, monkeypatch):
+        monkeypatch.setenv("SLIPSTREAM_API_KEY", server.key)
+        self.rows = [*rounds.ROWS, {"prompt": "1" * 300, "solution": "1"}]
+        self.where = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url}
+
+    def test_a_pairwise_trainer_asks_for_no_more(self, tiny_model, tmp_path):
+        with pytest.warns(UserWarning, match="more than the server's --max-model-len of 256. They are skipped"):
+            made = rounds.make("OnlineDPO", tiny_model, tmp_path, rows=self.rows, max_steps=1, **self.where)
+        made.train()
+        made.close()
+        assert (made.args.vllm_max_model_length, made.args.max_length) == (None, 512)
+        assert len(made.train_dataset) == len(rounds.ROWS)
+        assert made.state.global_step == 1
+
+    def test_a_prompt_that_does_not_fit_is_an_error_before_the_model_loads(self, tiny_model, tmp_path):
+        (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
+        for file in tiny_model.glob("token*"):
+            (tmp_path / file.name).write_text(file.read_text())
+        with pytest.raises(ValueError, match=r"than the server's --max-model-len of 256\. .*raise the server's --max"):
+            rounds.make("RLOO", tmp_path, tmp_path, rows=self.rows, **self.where)
 
 
 def test_a_wrong_key_is_refused_at_once(tiny_model, tmp_path, server, monkeypatch):

@@ -13,6 +13,8 @@ from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.rewards import reward_names
 from slipstream.rollouts.sampler import PromptSampler
 
+MODEL_LIMIT = "the model's limit"
+
 
 class _Positions:
     """A dataset as its positions: rows are read when their prompts are sampled, not by the data loader."""
@@ -101,14 +103,26 @@ def reward_lists(
 
 
 def longest_sequence(model: Any, config: OnlineConfig) -> tuple[int, str] | None:
-    """Tokens that prompt and completion may have together, and whose limit that is; None: unknown."""
+    """Tokens that prompt and completion may have together, and whose limit that is; None: unknown.
+
+    A server is asked for its own, where `vllm_max_model_length` does not say what will be asked of it.
+    """
     found: list[tuple[int | None, str]]
     if config.use_vllm and config.vllm_max_model_length is not None:
         found = [(config.vllm_max_model_length, "vllm_max_model_length")]
+    elif config.use_vllm and config.vllm_mode == "server":
+        found = [(_server_limit(config), "the server's --max-model-len")]
     else:
-        found = [(_model_limit(model, config), "the model's limit")]
+        found = [(_model_limit(model, config), MODEL_LIMIT)]
     found.append((getattr(config, "max_length", None), "max_length"))
     return min(((limit, name) for limit, name in found if limit is not None), default=None)
+
+
+def _server_limit(config: OnlineConfig) -> int:
+    from slipstream.serving.client import VLLMClient
+
+    with VLLMClient(base_url=config.server_url, connection_timeout=config.vllm_server_timeout) as client:
+        return client.server_info().max_model_len
 
 
 def _model_limit(model: Any, config: OnlineConfig) -> int | None:
@@ -148,10 +162,8 @@ def fitting_rows(
         f"than {limited_by} of {limit}"
     )
     if config.overlong_prompts == "error":
-        raise ValueError(
-            f"{found}. Shorten them, lower max_completion_length, raise vllm_max_model_length, or set "
-            "overlong_prompts='skip'."
-        )
+        raised = "" if limited_by == MODEL_LIMIT else f"raise {limited_by}, "
+        raise ValueError(f"{found}. Shorten them, lower max_completion_length, {raised}or set overlong_prompts='skip'.")
     if len(too_long) == len(lengths):
         raise ValueError(f"{found}, and nothing is left when they are skipped.")
     warnings.warn(f"{found}. They are skipped.", UserWarning, stacklevel=4)

@@ -133,7 +133,8 @@ class PairwiseTrainer(OnlineTrainer):
         if reward_funcs is None and judge is None:
             reward_funcs = config.reward_model_path
         self.judge = judging.checked_judge(judge, reward_funcs, config)
-        if config.use_vllm and config.vllm_max_model_length is None:
+        if config.use_vllm and config.vllm_mode == "colocate" and config.vllm_max_model_length is None:
+            # No more is ever asked of it. A server's length is its own.
             config.vllm_max_model_length = (inputs.longest_sequence(model, config) or (None,))[0]
         super().__init__(
             model, reward_funcs, config, train_dataset, eval_dataset, processing_class, reward_processing_classes,
