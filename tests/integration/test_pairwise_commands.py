@@ -120,6 +120,34 @@ class TestScorer:
         with pytest.raises(ValueError, match="judge_kwargs lacks function, which RewardFunctionJudge needs"):
             self.scorer("nash-md", judge="RewardFunctionJudge")
 
+    def test_a_reward_function_as_judge_is_named_like_any_other(self, tmp_path):
+        (tmp_path / "reward.py").write_text("def short(completions, **_):\n    return [-len(c) for c in completions]\n")
+        file = tmp_path / "reward.py"
+        made = self.scorer("xpo", judge="RewardFunctionJudge", judge_kwargs={"function": f"{file}:short"})["judge"]
+        assert made.judge(["?", "?"], [("long", "a"), ("b", "long")]) == [1, 0]
+        wrong = {
+            f"{file}:long": r"judge_kwargs\['function'\]: '.*reward.py:long': .* has no function 'long'",
+            "acuracy_reward": "did you mean 'accuracy_reward'",
+            "some/reward-model": "'some/reward-model' is not a function",
+            5: r"judge_kwargs=\{'function': 5\}: RewardFunctionJudge does not take them: 5 is not a callable",
+        }
+        for given, message in wrong.items():
+            with pytest.raises(ValueError, match=message):
+                self.scorer("xpo", judge="RewardFunctionJudge", judge_kwargs={"function": given})
+
+    def test_what_is_no_judge(self, tmp_path):
+        (tmp_path / "judge.py").write_text("class Prefers:\n    pass\n\ndef prefers():\n    return 0\n")
+        for name in ("Prefers", "prefers"):
+            with pytest.raises(ValueError, match=rf"judge='.*:{name}' is not a class of judges: .*BasePairwiseJudge"):
+                self.scorer("xpo", judge=f"{tmp_path / 'judge.py'}:{name}")
+
+    def test_an_argument_of_the_wrong_type_is_one_line(self, judge, settings):
+        done = slipstream_command("xpo", "--config", settings, "--judge", "OpenAIPairwiseJudge", "--judge_kwargs",
+                                  "{system_prompt: 5, api_key: k}")  # fmt: skip
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1].startswith("slipstream xpo: judge_kwargs={'system_prompt': 5")
+        assert "Traceback" not in done.stderr
+
     def test_rewards_and_a_judge(self, judge):
         with pytest.raises(ValueError, match="are both given: set one"):
             self.scorer("xpo", judge=judge, reward_funcs="accuracy_reward")

@@ -41,6 +41,13 @@ class TestSettings:
         _, args = parse_settings(NEEDED | read_settings(None, ["--eval_strategy", "no"]), GRPOConfig)
         assert args.eval_strategy == "no"
 
+    @pytest.mark.parametrize(
+        "name", ["max_steps", "per_device_train_batch_size", "logging_steps", "learning_rate", "top_k"]
+    )
+    def test_a_word_is_no_number(self, name):
+        with pytest.raises(ValueError, match=f"{name}='many' is not allowed: it must be a number"):
+            parse_settings(NEEDED | {name: "many"}, GRPOConfig)
+
     def test_a_misspelt_setting_is_named(self):
         with pytest.raises(ValueError, match=r"'num_generation' \(did you mean 'num_generations'\?\)"):
             parse_settings(NEEDED | {"num_generation": 4}, GRPOConfig)

@@ -22,13 +22,20 @@ def load_scorer(config: RunConfig, trainer_class: Any) -> dict[str, Any]:
         ValueError: there is no such function or judge, both are given, the trainer takes no judge, or the judge takes
             no such arguments.
     """
+    from slipstream.judges import BasePairwiseJudge, RewardFunctionJudge
+
     if config.judge is None:
         return {"reward_funcs": [load_reward_function(name) for name in config.reward_funcs]}
     if config.reward_funcs:
         raise ValueError(f"reward_funcs={config.reward_funcs!r} and judge={config.judge!r} are both given: set one.")
     if "judge" not in inspect.signature(trainer_class.__init__).parameters:
         raise ValueError(f"judge={config.judge!r}: {trainer_class.__name__} takes no judge, give reward_funcs.")
-    judge, options = load_judge(config.judge), config.judge_kwargs or {}
+    judge, options = load_judge(config.judge), dict(config.judge_kwargs or {})
+    if not (inspect.isclass(judge) and issubclass(judge, BasePairwiseJudge)):
+        raise ValueError(
+            f"judge={config.judge!r} is not a class of judges: it must be a subclass of "
+            "slipstream.judges.BasePairwiseJudge."
+        )
     parameters = inspect.signature(judge).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         known_names(f"judge_kwargs of {judge.__name__}", options, parameters)
@@ -38,7 +45,14 @@ def load_scorer(config: RunConfig, trainer_class: Any) -> dict[str, Any]:
     ]  # fmt: skip
     if missing:
         raise ValueError(f"judge_kwargs lacks {', '.join(missing)}, which {judge.__name__} needs.")
-    return {"judge": judge(**options)}
+    if issubclass(judge, RewardFunctionJudge) and isinstance(options["function"], str):
+        options["function"] = _judging_function(options["function"])
+    try:
+        return {"judge": judge(**options)}
+    except (TypeError, AttributeError, ImportError) as error:
+        raise ValueError(
+            f"judge_kwargs={config.judge_kwargs!r}: {judge.__name__} does not take them: {error}"
+        ) from error
 
 
 def load_judge(name: str) -> Any:
@@ -55,11 +69,26 @@ def load_judge(name: str) -> Any:
     return getattr(judges, name)
 
 
-def load_reward_function(name: str) -> Any:
+def _judging_function(name: str) -> Any:
+    setting = "judge_kwargs['function']"
+    function = load_reward_function(name, setting)
+    if isinstance(function, str):
+        raise ValueError(
+            f"{setting}: {name!r} is not a function: give one of slipstream.rewards, file.py:function or "
+            "module.function. (A reward model goes into reward_funcs.)"
+        )
+    return function
+
+
+def load_reward_function(name: str, setting: str = "reward_funcs") -> Any:
     """A reward function by its name, or the name itself when it is a model's.
 
     `accuracy_reward` is one of `slipstream.rewards`; `path/to/file.py:function` and `package.module.function` are
     yours; anything else is taken for a sequence-classification model.
+
+    Args:
+        name: The function.
+        setting: Where it was given, for messages.
 
     Raises:
         ValueError: the file or module has no such function.
@@ -67,14 +96,14 @@ def load_reward_function(name: str) -> Any:
     from slipstream import rewards
 
     if ".py:" in name:
-        return _from_file("reward_funcs", name, "function")
+        return _from_file(setting, name, "function")
     if name in rewards.__all__:
         return getattr(rewards, name)
     parent, _, function = name.rpartition(".")
     if parent and "/" not in name and not Path(name).exists() and importlib.util.find_spec(parent.split(".")[0]):
         module = importlib.import_module(parent)
         if not hasattr(module, function):
-            raise ValueError(f"reward_funcs: {name!r}: module {parent} has no function {function!r}.")
+            raise ValueError(f"{setting}: {name!r}: module {parent} has no function {function!r}.")
         return getattr(module, function)
     if "/" not in name and not Path(name).exists():
         known_names("reward function", [name], rewards.__all__)
@@ -85,7 +114,7 @@ def _from_file(setting: str, name: str, kind: str) -> Any:
     path, _, wanted = name.rpartition(":")
     if not Path(path).is_file():
         raise ValueError(f"{setting}: {name!r}: there is no file {path}.")
-    spec = importlib.util.spec_from_file_location(f"slipstream_{setting}_{Path(path).stem}", path)
+    spec = importlib.util.spec_from_file_location(f"slipstream_{kind}_{Path(path).stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

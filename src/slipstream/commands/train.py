@@ -18,6 +18,8 @@ import yaml
 from slipstream.checks import known_names
 from slipstream.commands.loading import load_datasets, load_scorer
 
+NUMBERS = {form.format(kind) for kind in ("int", "float") for form in ("{}", "{} | None", "<class '{}'>")}
+
 
 @dataclasses.dataclass
 class RunConfig:
@@ -139,7 +141,9 @@ def parse_settings(settings: dict[str, Any], config_class: Any) -> tuple[RunConf
         if not getattr(run_config, name) and not (name == "reward_funcs" and run_config.judge):
             raise ValueError(f"{name} is missing: give it in the --config file or as --{name}.")
     passed = {
-        name: _as_declared(value, str(trainer_fields[name].type)) for name, value in settings.items() if name not in own
+        name: _as_declared(name, value, str(trainer_fields[name].type))
+        for name, value in settings.items()
+        if name not in own
     }
     init = dict(passed.get("model_init_kwargs") or {})
     for name, value in (
@@ -154,15 +158,18 @@ def parse_settings(settings: dict[str, Any], config_class: Any) -> tuple[RunConf
     return run_config, config_class(**passed)
 
 
-def _as_declared(value: Any, annotation: str) -> Any:
+def _as_declared(name: str, value: Any, annotation: str) -> Any:
     """What YAML reads otherwise than a setting means it: `1e-5` is a string there, and a bare `no` is false."""
     if isinstance(value, list):
-        return [_as_declared(one, annotation) for one in value]
+        return [_as_declared(name, one, annotation) for one in value]
     if isinstance(value, str) and "float" in annotation and "str" not in annotation:
         try:
             return float(value)
         except ValueError:
-            return value
+            pass
+    if isinstance(value, str) and annotation in NUMBERS:
+        # transformers would stumble over it somewhere, without its name.
+        raise ValueError(f"{name}={value!r} is not allowed: it must be a number.")
     if value is False and "Strategy" in annotation:
         return "no"
     return value
