@@ -1,8 +1,9 @@
-"""What the sampled tokens' log-probabilities cost while vLLM generates, in four ways that take turns in one engine.
+"""What the sampled tokens' log-probabilities and vLLM's bookkeeping cost, in five ways that take turns in one engine.
 
-`none`: without any. `ours`: gathered on the device, fetched once a call. `flat`: vLLM's own, in flat lists, final
-answers only. `trl`: as TRL asks, a request a completion, with text and an object a token. Lengths are fixed. Prints a
-table and writes JSON; ratios are of the median seconds, to those of `none`.
+`none`: without any, steps scheduled for all sequences at once. `ours`: the same with log-probabilities, gathered on the
+device and fetched once a call. `each`: as `none`, but vLLM schedules every sequence by itself. `flat`: vLLM's
+log-probabilities, in flat lists, final answers only. `trl`: as TRL asks, a request a completion, with text and an object
+a token. Lengths are fixed. Prints a table and writes JSON; ratios are of the median seconds, to those of `none`.
 
     python benchmarks/generation.py --out benchmarks/results/generation_cpu.json                        # on a CPU
     python benchmarks/generation.py --shape qwen2-1.5b --prompts 64 --completions 8 --tokens 512 --dtype bfloat16 \
@@ -27,9 +28,10 @@ from transformers import AutoModelForCausalLM
 from slipstream.generation.colocate import ColocateEngine
 from slipstream.generation.engine import Request, Sampling
 from slipstream.vllm_compat import load, token_prompt
+from slipstream.vllm_compat.steady_batch import Batch
 from slipstream.weights.export import named_tensors
 
-WAYS = ("none", "ours", "flat", "trl")
+WAYS = ("none", "ours", "each", "flat", "trl")
 
 
 def make_engine(path: Path, args: argparse.Namespace) -> ColocateEngine:
@@ -62,13 +64,16 @@ def generate(engine: ColocateEngine, way: str, prompts: list[list[int]], complet
             logps = [[next(iter(d.values())).logprob for d in o.outputs[0].logprobs] for o in outputs]
         lengths = {len(row) for row in logps}
     else:
-        sampling = Sampling(tokens, logprobs=way != "none", extra={"min_tokens": tokens})
+        sampling = Sampling(tokens, logprobs=way in ("ours", "flat"), extra={"min_tokens": tokens})
         if way == "flat":
             engine._recorder = None
+        batch_of = Batch.__dict__["of"]
+        if way == "each":
+            Batch.of = staticmethod(lambda *args: None)
         try:
             answers = engine.generate([Request(ids, n=completions) for ids in prompts], sampling)
         finally:
-            engine._recorder = recorder
+            engine._recorder, Batch.of = recorder, batch_of
         lengths = {len(c.ids) for group in answers for c in group}
     seconds = time.perf_counter() - start
     if lengths != {tokens}:

@@ -56,6 +56,8 @@ class ColocateEngine:
         revision: Branch, tag or commit of `model`.
         reference: Whether to hold a second model, the reference, for requests with a mixture above 0. A token then
             takes twice the cache, and the engine runs without CUDA graphs.
+        steady_decode: Whether steps in which every sequence only gets its next token are scheduled for all of them at
+            once (see `steady`), where that is known to be right. False: vLLM goes through them one by one.
         fast_logprobs: Whether the sampled tokens' log-probabilities are gathered on the device and fetched once a call
             (see `sampled_logprobs`), where that is known to be right. False: vLLM hands them on, token by token.
         engine_kwargs: Further arguments of `vllm.LLM`, by its names.
@@ -90,6 +92,7 @@ class ColocateEngine:
         revision: str | None = None,
         reference: bool = False,
         fast_logprobs: bool = True,
+        steady_decode: bool = True,
         engine_kwargs: dict[str, Any] | None = None,
     ) -> None:
         check_team(tensor_parallel_size)
@@ -120,6 +123,8 @@ class ColocateEngine:
                 mixture.install()
             self._llm, own_group = process.start(options)
             self._recorder = sampled_logprobs.install(process.worker_of(self._llm)) if fast_logprobs else None
+            if steady_decode:
+                process.decode_steadily(self._llm)
         self._team = process.team_group() if tensor_parallel_size > 1 else None
         # Also runs when the engine is collected, or still open when Python exits.
         self._end = weakref.finalize(self, _end, self._llm, self._guest, own_group)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -24,8 +25,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from slipstream.vllm_compat import load, on_cpu
+from slipstream.vllm_compat import load, on_cpu, steady
 from slipstream.vllm_compat.model import check_updatable, forget_model
+
+logger = logging.getLogger(__name__)
 
 
 def start(options: dict[str, Any]) -> tuple[Any, bool]:
@@ -69,6 +72,13 @@ def start(options: dict[str, Any]) -> tuple[Any, bool]:
         shut_down(llm, own_group)
         raise
     return llm, own_group
+
+
+def decode_steadily(llm: Any) -> None:
+    """Schedule steps that only decode for all sequences at once, where that is known to be right (see `steady`)."""
+    why = steady.install(llm.llm_engine.engine_core.engine_core, load().__version__)
+    if why is not None:
+        logger.info("every sequence is scheduled by itself in every step, which is slower, since %s", why)
 
 
 def shut_down(llm: Any, own_group: bool) -> None:

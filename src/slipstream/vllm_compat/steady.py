@@ -1,0 +1,129 @@
+"""Scheduling a batch that only decodes, without looking at every sequence in every step.
+
+vLLM's scheduler goes through all running sequences twice a step, in Python: 10 to 30 microseconds for each, which at
+512 sequences is longer than a GPU takes for the step of a small model. While nobody can join and every sequence
+decodes, the outcome is known before: one token each, a new block of the cache now and then, and an end where a token
+ends a sequence or it is long enough. In `steady_batch` that is arithmetic on arrays. A sequence is handed back to
+vLLM's own code for its last token, and all of them whenever anything else happens (a new request, an abort, too little
+memory).
+
+Nobody is told of the tokens before a sequence ends, so only requests that want nothing but their final output qualify.
+Known for vLLM 0.26 and 0.32; in front of another scheduler or engine `install` leaves everything as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from slipstream.vllm_compat.steady_batch import MARK, Batch
+
+VERSIONS = ("0.26.", "0.32.")
+"""vLLM's versions whose scheduler was read, and is tested, for what is skipped here."""
+
+
+def install(core: Any, version: str) -> str | None:
+    """Let the scheduler of an engine core decode steadily. Returns why not, where it cannot.
+
+    Args:
+        core: vLLM's `EngineCore`, in this process, without requests.
+        version: Of vLLM.
+    """
+    scheduler = core.scheduler
+    why = _obstacle(scheduler, version)
+    if why is None:
+        _Steady(scheduler)
+    return why
+
+
+def _obstacle(scheduler: Any, version: str) -> str | None:
+    known = {
+        importlib.import_module("vllm.v1.core.sched.scheduler").Scheduler,
+        importlib.import_module("vllm.v1.core.sched.async_scheduler").AsyncScheduler,
+    }
+    if not version.startswith(VERSIONS):
+        return f"vLLM {version} was not tried"
+    if type(scheduler) not in known:
+        return f"its scheduler is a {type(scheduler).__name__}"
+    if any(
+        getattr(scheduler, name, None) is not None for name in ("connector", "ec_connector", "aux_output_connector")
+    ):
+        return "a connector sees every step"
+    if scheduler.num_spec_tokens or scheduler.use_pp or scheduler.log_stats or scheduler.is_encoder_decoder:
+        return "it decodes speculatively, in a pipeline, with an encoder, or with statistics"
+    if getattr(scheduler, "enable_return_routed_experts", False) or scheduler.need_mamba_block_aligned_split:
+        return "its model keeps more than keys and values"
+    groups = scheduler.kv_cache_config.kv_cache_groups
+    full = importlib.import_module("vllm.v1.kv_cache_interface").FullAttentionSpec
+    if len(groups) != 1 or type(groups[0].kv_cache_spec) is not full:
+        return "not all layers keep keys and values of all tokens"
+    parallel = scheduler.parallel_config
+    if (
+        getattr(parallel, "decode_context_parallel_size", 1) > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1
+    ):
+        return "sequences are split over ranks"
+    return None
+
+
+class _Steady:
+    """Stands before a scheduler's own methods."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.batch: Batch | None = None
+        self.unsent: dict[str, list[int]] = {}
+        """Tokens that nobody was told of, by request."""
+        self._schedule, self._update = scheduler.schedule, scheduler.update_from_output
+        self._finish, self._reset = scheduler.finish_requests, scheduler.reset_prefix_cache
+        scheduler.schedule, scheduler.update_from_output = self.schedule, self.update
+        scheduler.finish_requests, scheduler.reset_prefix_cache = self.finish, self.reset
+
+    def schedule(self, *args: Any, **options: Any) -> Any:
+        if self.batch is None:
+            self.batch = Batch.of(self.scheduler, self.unsent)
+        if self.batch is not None:
+            output = self.batch.schedule()
+            if output is not None:
+                return output
+            self.leave()
+        return self._schedule(*args, **options)
+
+    def update(self, scheduled: Any, sampled: Any) -> Any:
+        batch, rows = getattr(scheduled, MARK, (None, None))
+        if batch is None or batch is not self.batch:
+            told = self._update(scheduled, sampled)
+            if self.batch is not None:
+                self.batch.drop_finished()
+        else:
+            told = batch.update(scheduled, sampled, rows, self._update)
+        return self._with_unsent(told)
+
+    def finish(self, *args: Any, **options: Any) -> Any:
+        self.leave()
+        finished = self._finish(*args, **options)
+        for name in self.unsent.keys() - self.scheduler.requests.keys():
+            del self.unsent[name]
+        return finished
+
+    def reset(self, *args: Any, **options: Any) -> Any:
+        self.leave()
+        return self._reset(*args, **options)
+
+    def leave(self) -> None:
+        """Give all sequences back to vLLM's own code, as if it had had them all the time."""
+        batch, self.batch = self.batch, None
+        if batch is not None:
+            for row in np.flatnonzero(batch.alive):
+                batch.settle(int(row))
+
+    def _with_unsent(self, told: dict[int, Any]) -> dict[int, Any]:
+        if self.unsent:
+            for outputs in told.values():
+                for output in outputs.outputs:
+                    earlier = self.unsent.pop(output.request_id, None)
+                    if earlier:
+                        output.new_token_ids = earlier + output.new_token_ids
+        return told

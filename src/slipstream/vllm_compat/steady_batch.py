@@ -1,0 +1,268 @@
+"""The sequences of a batch that only decodes, as arrays. See `steady`.
+
+Legend: R sequences of the batch ("rows").
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from typing import Any
+
+import numpy as np
+
+LOOKAHEAD = 64
+"""Tokens that the cache has room for when a sequence is given new blocks, memory allowing."""
+
+MARK = "_slipstream_rows"
+"""Attribute of a scheduled step: its batch and rows."""
+
+_WIDTH = 256
+
+
+class Batch:
+    """The running sequences, and what has happened to them that vLLM's own objects do not know yet.
+
+    Attributes:
+        alive: (R,) not yet finished.
+        computed: (R,) tokens whose keys and values are in the cache, or will be when the steps under way end.
+        outputs: (R,) tokens sampled, or being sampled.
+        room: (R,) tokens that the sequence's blocks have room for.
+        to_schedule: (R,) tokens that it may still be given.
+        to_sample: (R,) tokens that it has not yet got of those.
+        scheduled, sampled: (R,) steps since vLLM's object was last settled.
+        ids, count: (R, width) tokens since then, and (R,) how many.
+    """
+
+    def __init__(self, scheduler: Any, requests: list[Any], unsent: dict[str, list[int]]) -> None:
+        self.scheduler, self.requests, self.unsent = scheduler, requests, unsent
+        self.manager = scheduler.kv_cache_manager
+        self.asynchronous = isinstance(
+            scheduler, importlib.import_module("vllm.v1.core.sched.async_scheduler").AsyncScheduler
+        )
+        self.block = scheduler.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self.names = [r.request_id for r in requests]
+        rows = len(requests)
+        self.alive = np.ones(rows, bool)
+        self.computed = np.array([r.num_computed_tokens for r in requests])
+        self.outputs = np.array([r.num_output_tokens + r.num_output_placeholders for r in requests])
+        self.room = np.array([self._room(r) for r in requests])
+        longest = [min(r.num_prompt_tokens + r.max_tokens, scheduler.max_model_len) for r in requests]
+        self.to_schedule = longest - np.array([r.num_tokens + r.num_output_placeholders for r in requests])
+        # Tokens of steps that vLLM itself has scheduled come through its own code: they are not counted here.
+        self.to_sample = self.to_schedule.copy()
+        self.scheduled, self.sampled, self.count = (np.zeros(rows, np.int64) for _ in range(3))
+        self.ids = np.empty((rows, _WIDTH), np.int64)
+        self.ends = np.array(sorted({end for r in requests for end in _ends(r.sampling_params)}))
+        self.active = np.arange(rows)
+        self._prepare()
+
+    @classmethod
+    def of(cls, scheduler: Any, unsent: dict[str, list[int]]) -> Batch | None:
+        """The scheduler's running sequences, if all there is to do is to give each of them a token."""
+        running = scheduler.running
+        if not running or _admits(scheduler) or scheduler._pause_state.name != "UNPAUSED":
+            return None
+        if len(running) > scheduler.max_num_scheduled_tokens or not all(map(_decodes, running)):
+            return None
+        if not scheduler.use_v2_model_runner:
+            # Of others vLLM sends all tokens once more.
+            before = scheduler.prev_step_scheduled_req_ids
+            if not all(r.request_id in before for r in running):
+                return None
+        return cls(scheduler, list(running), unsent)
+
+    def schedule(self) -> Any | None:
+        """The next step, or None where vLLM's own code has to decide."""
+        scheduler, rows = self.scheduler, self.active
+        if len(scheduler.running) != self.alive.sum() or _admits(scheduler):
+            return None
+        if scheduler._pause_state.name != "UNPAUSED":
+            return None
+        if not self.to_schedule[rows].all():
+            rows = rows[self.to_schedule[rows] > 0]
+            if not len(rows):
+                return None
+            self.active = rows
+            self._prepare()
+        self.manager.new_step_starts()
+        blocks = self._new_blocks(rows)
+        if blocks is None:
+            return None
+        scheduler.current_step += 1
+        output = self._output(rows, blocks)
+        self.computed[rows] += 1
+        self.outputs[rows] += 1
+        self.to_schedule[rows] -= 1
+        self.scheduled[rows] += 1
+        if scheduler.defer_block_free:
+            scheduler.sched_step_seq += 1
+        scheduler.finished_req_ids = set()
+        scheduler.reset_preempted_req_ids = set()
+        return output
+
+    def _prepare(self) -> None:
+        """What steps of the same sequences share. Nobody changes it."""
+        self.active_names = [self.names[row] for row in self.active]
+        self.one_each = dict.fromkeys(self.active_names, 1)
+        if not self.scheduler.use_v2_model_runner:
+            self.scheduler.prev_step_scheduled_req_ids = set(self.active_names)
+
+    def _new_blocks(self, rows: np.ndarray) -> list[Any] | None:
+        """Blocks for sequences whose next token has no room, None for the others; or None: memory is short."""
+        blocks: list[Any] = [None] * len(rows)
+        (full,) = np.nonzero(self.computed[rows] >= self.room[rows])
+        if not len(full):
+            return blocks
+        free = self.manager.block_pool.get_num_free_blocks()
+        ahead = LOOKAHEAD if len(full) * (LOOKAHEAD // self.block + 1) <= free else 0
+        if len(full) > free:
+            return None
+        for place in full:
+            row = int(rows[place])
+            request = self.requests[row]
+            self.settle(row)
+            # No further than the sequence can get.
+            more = min(ahead, int(self.to_schedule[row]) - 1)
+            new = self.manager.allocate_slots(request, 1, num_lookahead_tokens=more)
+            if new is None:
+                raise RuntimeError(
+                    f"vLLM has {free} free blocks and none for sequence {request.request_id}: set "
+                    "steady_decode=False and report this"
+                )
+            blocks[place] = new.get_block_ids(allow_none=True)
+            self.room[row] = self._room(request)
+        return blocks
+
+    def _room(self, request: Any) -> int:
+        return len(self.manager.get_block_ids(request.request_id)[0]) * self.block
+
+    def _output(self, rows: np.ndarray, blocks: list[Any]) -> Any:
+        made = importlib.import_module("vllm.v1.core.sched.output")
+        output = made.SchedulerOutput.make_empty()
+        output.scheduled_cached_reqs = made.CachedRequestData(
+            req_ids=self.active_names,
+            resumed_req_ids=set(),
+            new_token_ids=[],
+            all_token_ids={},
+            new_block_ids=blocks,
+            num_computed_tokens=self.computed[rows].tolist(),
+            num_output_tokens=self.outputs[rows].tolist(),
+        )
+        output.num_scheduled_tokens = self.one_each
+        output.total_num_scheduled_tokens = len(rows)
+        output.finished_req_ids = self.scheduler.finished_req_ids
+        output.preempted_req_ids = self.scheduler.reset_preempted_req_ids
+        output.new_block_ids_to_zero = self.scheduler._get_new_block_ids_to_zero()
+        output.free_encoder_mm_hashes = self.scheduler.encoder_cache_manager.get_freed_mm_hashes()
+        if hasattr(output, "num_common_prefix_blocks"):
+            output.num_common_prefix_blocks = [0]  # a hint; the batch has many prompts
+        setattr(output, MARK, (self, rows))
+        return output
+
+    def update(self, scheduled: Any, sampled: Any, rows: np.ndarray, own: Any) -> dict[int, Any]:
+        """Take a step's tokens. Sequences that may end with theirs go through vLLM's `own` code."""
+        ids = self._sampled_ids(scheduled, sampled)
+        alive = self.alive[rows]
+        if not alive.all():  # it had been scheduled once more before its end was known
+            rows, ids = rows[alive], ids[alive]
+        self.to_sample[rows] -= 1
+        may_end = (self.to_sample[rows] <= 0) | np.isin(ids, self.ends)
+        going, ids = rows[~may_end], ids[~may_end]
+        self.ids[going, self.count[going]] = ids
+        self.count[going] += 1
+        self.sampled[going] += 1
+        for row in going[self.count[going] == _WIDTH]:
+            self.settle(int(row))
+        ending = rows[may_end]
+        if len(ending):
+            return self._hand_over(ending, scheduled, sampled, own)
+        if self.scheduler.defer_block_free:
+            self.scheduler.processed_step_seq += 1
+            self.scheduler._drain_deferred_frees()
+        return {}
+
+    def _sampled_ids(self, scheduled: Any, sampled: Any) -> np.ndarray:
+        names = list(scheduled.num_scheduled_tokens)
+        ids = np.array([i for [i] in sampled.sampled_token_ids])
+        if sampled.req_ids != names:
+            index = sampled.req_id_to_index
+            ids = ids[[index[name] for name in names]]
+        return ids
+
+    def _hand_over(self, ending: np.ndarray, scheduled: Any, sampled: Any, own: Any) -> dict[int, Any]:
+        for row in ending:
+            self.settle(int(row))
+        part = copy.copy(scheduled)
+        part.num_scheduled_tokens = {self.names[row]: 1 for row in ending}
+        part.total_num_scheduled_tokens = len(ending)
+        told: dict[int, Any] = own(part, sampled)
+        self.drop_finished(ending)
+        return told
+
+    def drop_finished(self, rows: Any = None) -> None:
+        """Forget sequences that vLLM's own code has ended."""
+        among = np.flatnonzero(self.alive) if rows is None else rows
+        ended = [row for row in among if self.requests[row].is_finished()]
+        if ended:
+            self.alive[ended] = False
+            self.active = self.active[self.alive[self.active]]
+            self._prepare()
+
+    def settle(self, row: int) -> None:
+        """Tell vLLM's object of a sequence what has happened to it."""
+        request = self.requests[row]
+        scheduled, sampled = int(self.scheduled[row]), int(self.sampled[row])
+        request.num_computed_tokens += scheduled
+        request.num_in_flight_tokens += scheduled - sampled
+        if self.asynchronous:
+            request.num_output_placeholders += scheduled - sampled
+        if self.scheduler.defer_block_free:
+            request.last_sched_seq = self.scheduler.sched_step_seq
+        self.scheduled[row] = self.sampled[row] = 0
+        if count := int(self.count[row]):
+            ids = self.ids[row, :count].tolist()
+            request.append_output_token_ids(ids)
+            self.unsent.setdefault(request.request_id, []).extend(ids)
+            self.count[row] = 0
+
+
+def _ends(params: Any) -> list[int]:
+    """Tokens that may end a sequence; vLLM's own code decides."""
+    end = params.eos_token_id
+    return [*([] if end is None else [end]), *(params.stop_token_ids or ())]
+
+
+def _admits(scheduler: Any) -> bool:
+    """Whether a request waits that the batch may have a place for."""
+    running, waiting = scheduler.get_request_counts()
+    return bool(waiting) and running < scheduler.max_num_running_reqs
+
+
+def _decodes(request: Any) -> bool:
+    """Whether the next step gives it one token, and nobody wants to know before it ends."""
+    return (
+        request.num_tokens + request.num_output_placeholders - request.num_computed_tokens == 1
+        and not request.is_prefill_chunk
+        and not request.spec_token_ids
+        and _qualifies(request)
+    )
+
+
+def _qualifies(request: Any) -> bool:
+    known: bool | None = getattr(request, "_slipstream_qualifies", None)
+    if known is None:
+        params = request.sampling_params
+        known = request._slipstream_qualifies = (
+            params is not None
+            and params.output_kind.name == "FINAL_ONLY"
+            and params.logprobs is None
+            and params.prompt_logprobs is None
+            and not params.stop
+            and getattr(params, "repetition_detection", None) is None
+            and not request.use_structured_output
+            and not request.has_encoder_inputs
+            and not request.resumable
+            and request.pooling_params is None
+        )
+    return known
