@@ -31,6 +31,7 @@ METRICS = {
         *(f"objective/{k}" for k in ("kl", "entropy", "model_scores", "ref_scores", "scores_margin")),
         *(f"rewards/{k}" for k in ("chosen", "rejected", "accuracies", "margins")), "logps/chosen", "logps/rejected",
         "val/model_contain_eos_token", "val/ref_contain_eos_token", "alpha", "beta", "judgements/failed",
+        "judgements/won",
     },
 }  # fmt: skip
 EVERYWHERE = {
@@ -156,6 +157,33 @@ class TestPairs:
         trainer.train()
         assert history(trainer, "eval_judgements/failed") == [pytest.approx(1 / 3)]
         assert len(history(trainer, "rewards/accuracies")) == 2
+
+    @pytest.mark.parametrize("real", [4, 0])
+    def test_rows_that_fill_up_a_rank_are_not_judged(self, tiny_model, tmp_path, name, real):
+        """A judge may cost money."""
+        asked = []
+
+        class Counts(First):
+            def judge(self, prompts, completions, shuffle_order=True):
+                asked.extend(prompts)
+                return super().judge(prompts, completions)
+
+        trainer = make(name, tiny_model, tmp_path, arguments={"reward_funcs": None, "judge": Counts()})
+        wanted = [(row, 0, 2) for row in range(3)]
+        rollouts, metrics = trainer._collect(trainer.train_dataset, wanted, ("seed",), 2, real)
+        assert asked == [ROWS[row]["prompt"] for row in range(real // 2)]
+        assert [r.in_loss for r in rollouts] == [True] * real + [False] * (6 - real)
+        assert metrics.get("judgements/failed") == (0.0 if real else None)
+
+    def test_equal_completions_cannot_be_judged(self, tiny_model, tmp_path, name, recwarn):
+        judge = {"reward_funcs": None, "judge": First()}
+        make(name, tiny_model, tmp_path, eval_temperature=0.0)
+        make(name, tiny_model, tmp_path, arguments=judge)
+        make(name, tiny_model, tmp_path, eval_temperature=0.0, arguments=judge)
+        warned = [str(w.message) for w in recwarn if "eval_temperature" in str(w.message)]
+        # Of Nash-MD and XPO the second completion is another player's.
+        assert len(warned) == (name == "OnlineDPO")
+        assert all("gives a prompt the same completion twice" in message for message in warned)
 
     def test_a_judge_that_contradicts_itself_has_not_voted(self, tiny_model, tmp_path, name):
         judge = First()

@@ -80,18 +80,32 @@ def test_a_run_by_rewards(settings, tmp_path, algorithm):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "result"), [("online-dpo", "agreement with the judge"), ("nash-md", "win rate against the opponent")]
+    ("algorithm", "metric", "result"),
+    [
+        ("nash-md", "eval_rewards/probabilities", "win rate against the opponent"),
+        ("xpo", "eval_judgements/won", "win rate against the reference"),
+    ],
 )
-def test_a_run_by_a_judge(settings, judge, tmp_path, algorithm, result):
+def test_a_run_by_a_judge(settings, judge, tmp_path, algorithm, metric, result):
     done = slipstream_command(algorithm, "--config", settings, "--judge", judge, "--judge_kwargs", "{at_least: 1}",
                               "--beta", "[1e-1, 2e-1]")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     line = done.stdout.strip().splitlines()[-1]
     assert re.fullmatch(rf"held-out {result} [01]\.\d\d -> [01]\.\d\d in \d+ s", line), line
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
-    name = "eval_rewards/probabilities" if algorithm == "nash-md" else "eval_rewards/accuracies"
-    found = [f"{entry[name]:.2f}" for entry in history if name in entry]
+    found = [f"{entry[metric]:.2f}" for entry in history if metric in entry]
     assert re.findall(r"[01]\.\d\d", line) == [found[0], found[-1]]
+
+
+def test_what_online_dpo_has_learnt_from_a_judge_has_no_before(settings, judge, tmp_path):
+    """The policy has not moved from the reference then: it agrees with nobody about anything."""
+    done = slipstream_command("online-dpo", "--config", settings, "--judge", judge, "--use_vllm", "true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = done.stdout.strip().splitlines()[-1]
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    before, after = (entry["eval_rewards/accuracies"] for entry in history if "eval_rewards/accuracies" in entry)
+    assert before < 0.5
+    assert re.fullmatch(rf"held-out agreement with the judge {after:.2f} in \d+ s", line), line
 
 
 class TestScorer:

@@ -11,7 +11,8 @@ import pytest
 
 from slipstream import GRPOConfig
 from slipstream.commands.loading import load_datasets, load_reward_function
-from slipstream.commands.train import _conclude, parse_settings, read_settings
+from slipstream.commands.outcome import conclude
+from slipstream.commands.train import parse_settings, read_settings
 
 NEEDED = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": "accuracy_reward", "output_dir": "o"}
 
@@ -111,14 +112,18 @@ class TestDatasets:
 
 class TestConclusion:
     def conclude(self, capsys, *entries, binary=True):
+        return self.last_line(capsys, [(s, {"eval_rewards/right/mean": v}) for s, v in entries], ["right"], binary)
+
+    def last_line(self, capsys, logged, names, binary=False, equals=False):
         trainer = SimpleNamespace(
-            rewards=SimpleNamespace(names=["right"]), rewards_are_binary=binary,
+            rewards=SimpleNamespace(names=names), rewards_are_binary=binary,
+            compares_equals=lambda args: equals,
             state=SimpleNamespace(
-                log_history=[{"step": s, "eval_rewards/right/mean": v} for s, v in entries], num_input_tokens_seen=9
+                log_history=[{"step": s, "eval_loss": 0.0, **values} for s, values in logged], num_input_tokens_seen=9
             ),
             args=SimpleNamespace(output_dir="out", html_report=False),
         )  # fmt: skip
-        _conclude(trainer, 12.3, steps=20)
+        conclude(trainer, 12.3, steps=20)
         return capsys.readouterr().out.splitlines()[-1]
 
     def test_before_and_after(self, capsys):
@@ -129,6 +134,13 @@ class TestConclusion:
     def test_an_evaluation_after_training_alone_is_not_a_before(self, capsys):
         assert self.conclude(capsys, (20, 0.75)) == "held-out accuracy 0.75 in 12 s"
         assert self.conclude(capsys, (10, 0.5), (20, 0.75)) == "held-out accuracy 0.75 in 12 s"
+
+    def test_by_a_judge(self, capsys):
+        both = [(0, {"eval_rewards/accuracies": 0.0}), (20, {"eval_rewards/accuracies": 0.75})]
+        assert self.last_line(capsys, both, []) == "held-out agreement with the judge 0.75 in 12 s"
+        assert self.last_line(capsys, both, [], equals=True) == "trained 20 steps in 12 s"
+        won = [(s, values | {"eval_judgements/won": 0.5}) for s, values in both]
+        assert self.last_line(capsys, won, []) == "held-out win rate against the reference 0.50 -> 0.50 in 12 s"
 
     def test_without_an_evaluation(self, capsys):
         assert self.conclude(capsys) == "trained 20 steps in 12 s"

@@ -17,6 +17,7 @@ import yaml
 
 from slipstream.checks import known_names
 from slipstream.commands.loading import load_datasets, load_scorer
+from slipstream.commands.outcome import conclude, evaluated_last
 
 NUMBERS = {form.format(kind) for kind in ("int", "float") for form in ("{}", "{} | None", "<class '{}'>")}
 
@@ -87,13 +88,13 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
     )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if test is not None and not _evaluated_last(trainer):
+    if test is not None and not evaluated_last(trainer):
         trainer.evaluate()
     seconds = time.perf_counter() - started
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        _conclude(trainer, seconds, steps=trainer.state.global_step)
+        conclude(trainer, seconds, steps=trainer.state.global_step)
     trainer.close()
 
 
@@ -187,46 +188,6 @@ def _adapter(config: RunConfig) -> Any:
         target_modules=config.lora_target_modules,
         task_type="CAUSAL_LM",
     )
-
-
-def _evaluations(trainer: Any) -> list[dict[str, Any]]:
-    return [entry for entry in trainer.state.log_history if _result(trainer)[0] in entry]
-
-
-def _result(trainer: Any) -> tuple[str, str]:
-    """Name of the metric that says what a run has achieved, and what it is called."""
-    if trainer.rewards.names:
-        name = trainer.rewards.names[0]
-        # Rewards of 0 and 1 are right and wrong answers; their mean is an accuracy.
-        return f"eval_rewards/{name}/mean", "accuracy" if trainer.rewards_are_binary else f"reward ({name})"
-    if trainer.uses_probabilities:
-        return "eval_rewards/probabilities", "win rate against the opponent"
-    # How often the policy prefers what the judge prefers.
-    return "eval_rewards/accuracies", "agreement with the judge"
-
-
-def _evaluated_last(trainer: Any) -> bool:
-    evaluations = _evaluations(trainer)
-    return bool(evaluations) and evaluations[-1]["step"] == trainer.state.global_step
-
-
-def _conclude(trainer: Any, seconds: float, steps: int) -> None:
-    """Print where everything is, and as the last line what the run achieved."""
-    evaluations = _evaluations(trainer)
-    summary: dict[str, Any] = {"steps": steps, "duration": seconds, "tokens": trainer.state.num_input_tokens_seen}
-    line = f"trained {steps} steps in {seconds:.0f} s"
-    if evaluations:
-        name, kind = _result(trainer)
-        found = {"after": evaluations[-1][name]}
-        if evaluations[0]["step"] == 0:
-            found = {"before": evaluations[0][name]} | found
-        line = f"held-out {kind} {' -> '.join(f'{v:.2f}' for v in found.values())} in {seconds:.0f} s"
-        if trainer.rewards_are_binary:
-            summary = {f"accuracy_{when}": value for when, value in found.items()} | summary
-    print(f"model:  {trainer.args.output_dir}")
-    if trainer.args.html_report:
-        print(f"report: {trainer.write_report(summary)}")
-    print(line, flush=True)
 
 
 def _print_fields(config_class: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,10 @@ from slipstream.records import Rollout
 from slipstream.trainers.pairwise_config import PairwiseConfig
 
 logger = logging.getLogger(__name__)
+EQUALS = (
+    "eval_temperature=0.0 gives a prompt the same completion twice, and a judge of the two can say nothing: leave "
+    "eval_temperature None, or evaluate with reward_funcs."
+)
 
 
 def checked_judge(judge: Any, reward_funcs: Any, config: PairwiseConfig) -> BasePairwiseJudge | None:
@@ -40,20 +45,23 @@ def checked_judge(judge: Any, reward_funcs: Any, config: PairwiseConfig) -> Base
     return judge
 
 
-def probabilities(judge: BasePairwiseJudge, rollouts: Sequence[Rollout]) -> list[float]:
+def probabilities(judge: BasePairwiseJudge, rollouts: Sequence[Rollout], real: int) -> list[float]:
     """The probability that the first of every two rollouts is better; NaN: not judged.
 
-    Why judgements failed is written to the main process's log. All ranks call it together.
+    Only about the first `real` rollouts is the judge asked: the others do not count, and judgements cost. Why some
+    failed is written to the main process's log. All ranks call it together.
     """
-    firsts, seconds = rollouts[0::2], rollouts[1::2]
-    rows = [rollout.prompt.row for rollout in firsts]
-    answers = judge.probabilities(
-        [row["prompt"] for row in rows],
-        [(first.text, second.text) for first, second in zip(firsts, seconds, strict=True)],
-        columns={name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"},
-    )
+    pairs = list(zip(rollouts[0:real:2], rollouts[1:real:2], strict=True))
+    answers: list[float] = []
+    if pairs:
+        rows = [first.prompt.row for first, _ in pairs]
+        answers = judge.probabilities(
+            [row["prompt"] for row in rows],
+            [(first.text, second.text) for first, second in pairs],
+            columns={name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"},
+        )
     reasons: Counter[str] = sum((Counter(taken) for taken in gather_object([judge.take_failures()])), Counter())
     if reasons:
         described = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
         logger.warning("%d judgements failed, and their pairs are left out: %s", reasons.total(), described)
-    return answers
+    return answers + [math.nan] * (len(rollouts) // 2 - len(answers))

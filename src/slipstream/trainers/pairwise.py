@@ -133,6 +133,8 @@ class PairwiseTrainer(OnlineTrainer):
         if reward_funcs is None and judge is None:
             reward_funcs = config.reward_model_path
         self.judge = judging.checked_judge(judge, reward_funcs, config)
+        if self.compares_equals(config):
+            warnings.warn(judging.EQUALS, UserWarning, stacklevel=2)
         if config.use_vllm and config.vllm_mode == "colocate" and config.vllm_max_model_length is None:
             # No more is ever asked of it. A server's length is its own.
             config.vllm_max_model_length = (inputs.longest_sequence(model, config) or (None,))[0]
@@ -161,6 +163,10 @@ class PairwiseTrainer(OnlineTrainer):
         """A pair's rows enter the loss together."""
         return True
 
+    def compares_equals(self, args: PairwiseConfig) -> bool:
+        """Whether evaluations ask the judge about a completion and itself: both are the policy's, without chance."""
+        return self.judge is not None and self.own_rows == slice(None) and args.eval_temperature == 0
+
     @property
     def beta(self) -> float:
         """Of the present epoch."""
@@ -173,7 +179,7 @@ class PairwiseTrainer(OnlineTrainer):
         counts_R = (torch.arange(len(rollouts), device=device) < real).float()
         scores_R = None
         if self.judge is not None:
-            first_P = torch.tensor(judging.probabilities(self.judge, rollouts), dtype=torch.float64, device=device)
+            first_P = torch.tensor(judging.probabilities(self.judge, rollouts, real), dtype=torch.float64).to(device)
             if not self.uses_probabilities:
                 # A half is no vote: a judge that is asked in both orders may contradict itself.
                 first_P = first_P.where(first_P != 0.5, torch.nan).round()

@@ -77,5 +77,6 @@ class XPOTrainer(PairwiseTrainer):
         bonus_P = exploration_bonus(pairs.logps_B[1::2], alpha)
         tally.mean("loss/dpo", dpo_P, pairs.counts_P)
         tally.mean("loss/xpo", bonus_P, pairs.counts_P)
+        tally.mean("judgements/won", pairs.first_P, pairs.counts_P)
         tally.mean("alpha", torch.tensor(alpha, device=dpo_P.device))
         return step_mean(dpo_P + bonus_P, pairs.counts_P, batch.totals.kept_rows / 2, batch.totals.ranks)
