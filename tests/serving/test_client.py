@@ -309,11 +309,29 @@ def test_weights_that_do_not_fit_are_refused_in_one_error(client, original, tran
     client.init_communicator("cpu", transport)
     client.update_weights(next_version(client), named(original))
     version = client.server_info().version
-    wrong = {name: tensor for name, tensor in named(original) if "layers.1.mlp" not in name}
-    wrong["model.layers.7.extra.weight"] = torch.zeros(3)
-    with pytest.raises(WeightUpdateError) as caught:
-        client.update_weights(version + 1, list(wrong.items()))
-    assert "model.layers.7.extra.weight" in str(caught.value) or "layers.1.mlp" in str(caught.value)
+    q, k, up, norm = (
+        f"model.layers.1.{name}.weight"
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "input_layernorm")
+    )
+    wrong = dict(named(original))
+    del wrong[norm]
+    wrong |= {
+        "model.layers.7.extra.weight": torch.zeros(3), q: torch.zeros(5, 5), k: wrong[k].to(torch.int64),
+        "b": wrong[up], up: wrong[up].double(),
+    }  # fmt: skip
+    for specs in (None, specs_of(wrong.items(), "float32")):
+        with pytest.raises(WeightUpdateError) as caught:
+            client.update_weights(version + 1, list(wrong.items()), specs=specs)
+        for told in (
+            "'model.layers.7.extra.weight' of shape (3,)", f"{q!r} of shape (5, 5)", "'b' of shape",
+            f"missing: {norm}", "must be one of float32, bfloat16, float16", f"{k} (int64), {up} (float64)",
+        ):  # fmt: skip
+            assert told in str(caught.value)
+    types = list((dict(named(original)) | {k: wrong[k]}).items())
+    with pytest.raises(
+        WeightUpdateError, match=rf"the engine is unchanged: of a type .*{k} \(int64\)\. The server serves"
+    ):
+        client.update_weights(version + 1, types)
     info = client.server_info()
     assert (info.version, info.transaction) == (version, None)
     assert served(client) == greedy(original)
@@ -335,7 +353,7 @@ def test_a_transaction_of_another_trainer_is_a_conflict(client, server, changed,
     begun = client._connection.post(
         "/weights/begin", BeginMessage(version=99, tensors=specs_of(tensors, "float32")), BeginReply
     )
-    monkeypatch.setattr("slipstream.serving.sender.TAKEOVER_SECONDS", 0.1)
+    monkeypatch.setattr("slipstream.serving.joining.TAKEOVER_SECONDS", 0.1)
     with VLLMClient(base_url=server.url, api_key=server.key) as other:
         for call in (lambda: other.update_weights(100, tensors), lambda: other.init_communicator("cpu", "group")):
             with pytest.raises(ServerError) as caught:

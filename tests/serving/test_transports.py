@@ -15,7 +15,7 @@ from serving.stores import KEY, store_server
 
 from slipstream.serving.wire import TensorSpec
 from slipstream.weights.buckets import Packer, specs_of, views
-from slipstream.weights.layout import layout
+from slipstream.weights.layout import layout, unsendable
 from slipstream.weights.transports import group, shared_memory
 from slipstream.weights.verify import checksum
 
@@ -166,9 +166,20 @@ def test_buckets_put_together_are_the_layout(kinds, lines):
 
 
 def test_wide_types_are_cast_to_the_engines_and_narrow_ones_are_not():
-    tensors = [(dtype, torch.zeros(2, dtype=getattr(torch, dtype))) for dtype in (*DTYPES, "float64")]
-    assert [s.dtype for s in specs_of(tensors, "bfloat16")] == ["bfloat16", "bfloat16", "float16", "bfloat16"]
-    assert [s.dtype for s in specs_of(tensors, "float32")] == ["float32", "bfloat16", "float16", "float32"]
+    tensors = [(dtype, torch.zeros(2, dtype=getattr(torch, dtype))) for dtype in DTYPES]
+    assert [s.dtype for s in specs_of(tensors, "bfloat16")] == ["bfloat16", "bfloat16", "float16"]
+    assert [s.dtype for s in specs_of(tensors, "float32")] == ["float32", "bfloat16", "float16"]
+    assert unsendable(specs_of(tensors, "float32")) == ""
+
+
+def test_types_that_cannot_be_sent_are_all_named():
+    tensors = [(f"t{i}", torch.zeros(2, dtype=dtype)) for i, dtype in enumerate((torch.int64, torch.bool, torch.half))]
+    tensors += [(f"wide{i}", torch.zeros(2, dtype=torch.float64)) for i in range(8)]
+    told = unsendable(specs_of(tensors, "bfloat16"))
+    assert told.startswith(
+        "of a type that cannot be sent (it must be one of float32, bfloat16, float16): t0 (int64), t1"
+    )
+    assert told.endswith("wide5 (float64) and 2 more")
 
 
 # Process groups ------------------------------------------------------------------------------------------------------

@@ -78,6 +78,41 @@ def test_incomplete_updates_are_refused(change, message):
         plan_for(tensors)
 
 
+def test_all_that_does_not_fit_is_in_one_error():
+    wrong = CHECKPOINT | {"up": torch.zeros(3, 6), "q": torch.zeros(3, 6), "other": torch.zeros(2)}
+    del wrong["scale"]
+    engine = Engine(device="meta")
+    with pytest.raises(WeightUpdateError) as caught:
+        make_plan(engine.parameters, engine.load, [*wrong.items(), ("norm", wrong["norm"])])
+    first, rest = str(caught.value).split("it cannot take ")
+    assert first == "weight update refused, the engine is unchanged: sent twice: norm; "
+    names, _, coverage = rest.partition("); ")
+    for told in ("'q' of shape (3, 6)", "'up' of shape (3, 6)", "'other' of shape (2,) (KeyError: 'other'"):
+        assert told in names
+    assert coverage == (
+        "missing: scale; incomplete (a part of a fused module was not sent or not taken): qk (12 of 36 values)"
+    )
+
+
+def test_an_endless_list_of_what_does_not_fit_ends():
+    tensors = CHECKPOINT | {f"other{i}": torch.zeros(2) for i in range(40)}
+    with pytest.raises(WeightUpdateError, match=r"'other15' of shape \(2,\)") as caught:
+        plan_for(tensors)
+    assert "'other16'" not in str(caught.value)
+    assert str(caught.value).endswith("and perhaps others: the first 16 are named")
+
+
+def test_loading_that_fails_in_the_end_is_one_tensors_fault_at_most():
+    engine = Engine(device="meta")
+
+    def failing(tensors):
+        engine.load(tensors)
+        raise RuntimeError("too late")
+
+    with pytest.raises(WeightUpdateError, match=r"cannot take 'norm' of shape \(6,\) \(RuntimeError: too late\)$"):
+        make_plan(engine.parameters, failing, list(CHECKPOINT.items()))
+
+
 def test_tensors_without_a_place_and_places_with_two_tensors_are_refused():
     engine = Engine(device="meta")
 

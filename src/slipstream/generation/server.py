@@ -12,6 +12,7 @@ from slipstream.records import Completion
 from slipstream.serving.client import ServerError, VLLMClient
 from slipstream.serving.devices import check_devices_apart, uuid_of
 from slipstream.serving.wire import TensorSpec
+from slipstream.weights.layout import ITEM_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -125,6 +126,11 @@ class ServerEngine:
         self.version = None
         self._client.close()
 
+    def _spec(self, name: str, tensor: torch.Tensor) -> TensorSpec:
+        """What is sent for a tensor: the engine's type in the place of its own, unless it is one that is refused."""
+        own = str(tensor.dtype).removeprefix("torch.")
+        return TensorSpec(name, self._dtype if own in ITEM_BYTES else own, tuple(tensor.shape))
+
     def _send(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]], reference: bool) -> SyncReport:
         with self._losing("update_weights"):
             if not self._connected:
@@ -143,7 +149,7 @@ class ServerEngine:
             tensors = list(tensors)
         if self._specs is None:
             # The server checks names and shapes before it takes a byte.
-            self._specs = [TensorSpec(name, self._dtype, tuple(tensor.shape)) for name, tensor in tensors]
+            self._specs = [self._spec(name, tensor) for name, tensor in tensors]
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if ranks == 1:
             return self._send(version, tensors, reference)

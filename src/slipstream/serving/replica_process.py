@@ -87,10 +87,11 @@ class Replica:
     def info(self) -> wire.ReplicaInfo:
         """What the server tells others of it."""
         if self.report is None:
-            return wire.ReplicaInfo(self.state, detail=self.death)
+            return wire.ReplicaInfo(state=self.state, detail=self.death)
         return wire.ReplicaInfo(
-            self.state, self.report.version, self.running, self.report.devices, self.missed or self.report.detail
-        )
+            state=self.state, version=self.report.version, running=self.running, devices=self.report.devices,
+            detail=self.missed or self.report.detail, ranks=self.report.ranks,
+        )  # fmt: skip
 
     @property
     def session(self) -> aiohttp.ClientSession:

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -17,22 +17,19 @@ from slipstream.checks import one_of
 from slipstream.generation.engine import SyncReport
 from slipstream.serving import wire
 from slipstream.serving.connection import Connection, RefusedError, ServerError
-from slipstream.serving.devices import check_devices_apart, uuid_of
+from slipstream.serving.joining import ask_in_turn, make_group
 from slipstream.serving.wire import TensorSpec
 from slipstream.weights.buckets import Packer, specs_of
-from slipstream.weights.layout import bytes_of
+from slipstream.weights.layout import ITEM_BYTES, bytes_of, unsendable
 from slipstream.weights.plan import WeightUpdateError
 from slipstream.weights.transports import group
 from slipstream.weights.transports.shared_memory import Mapping, NotSharedError, Writer
 
 BODY_BYTES = 32 << 20  # of one HTTP request
 STEP_SECONDS = 300.0  # that a step of an update may take
-CONFLICT, LOCKED = 409, 423  # statuses: the process group is not of all replicas; another update is under way
-TAKEOVER_SECONDS = 30.0  # to wait for it; the server gives up a silent one after 10
-JOIN_SECONDS = 60.0  # in which the workers must have come to a process group
+CONFLICT = 409  # status: the process group is not of all replicas
 
 Tensors = Iterable[tuple[str, Tensor]]
-M = TypeVar("M", bound=msgspec.Struct)
 
 
 class Sender:
@@ -101,6 +98,8 @@ class Sender:
             message = wire.BeginMessage(
                 version=version, tensors=list(specs), transport=self._transport, mode=mode, reference=reference
             )
+            if types := unsendable(specs):
+                self._refuse(message, types)
             transaction, send = self._begin(message)
             with self._aborting(transaction, version), _refused():
                 commit = wire.CommitMessage(transaction=transaction, checksums=send(tensors))
@@ -113,19 +112,31 @@ class Sender:
         self._leave()
         self._mapped.clear()
 
+    def _refuse(self, message: wire.BeginMessage, types: str) -> NoReturn:
+        """Raise WeightUpdateError for types that cannot be sent, and for what the server finds wrong beside them."""
+        sendable = [
+            TensorSpec(s.name, s.dtype if s.dtype in ITEM_BYTES else "float32", s.shape) for s in message.tensors
+        ]
+        try:
+            transaction, _ = self._begin(msgspec.structs.replace(message, tensors=sendable))
+        except WeightUpdateError as error:
+            raise WeightUpdateError(f"{error}; {types}") from error
+        state = self._give_up(transaction)
+        raise WeightUpdateError(f"weight update refused, the engine is unchanged: {types}. {state}")
+
     def _begin(self, message: wire.BeginMessage) -> tuple[int, Callable[[Tensors], list[int]]]:
         """Open a transaction. Returns its number, and what sends its tensors and returns their checksums."""
         specs = message.tensors
         try:
             with _refused():
-                reply = self._ask_in_turn("/weights/begin", message, wire.BeginReply)
+                reply = ask_in_turn(self._connection, "/weights/begin", message, wire.BeginReply, STEP_SECONDS)
         except ServerError as error:
             if message.transport != "group" or error.status != CONFLICT:
                 raise
             self._disconnect()  # a replica ended, or came up, after the group was made
             self._make_group(self._connection.get("/server_info", wire.ServerInfo))
             with _refused():
-                reply = self._ask_in_turn("/weights/begin", message, wire.BeginReply)
+                reply = ask_in_turn(self._connection, "/weights/begin", message, wire.BeginReply, STEP_SECONDS)
         if message.transport == "group":
             return reply.transaction, lambda tensors: group.send(self._joined(), specs, tensors)
         if message.transport == "body":
@@ -141,17 +152,6 @@ class Sender:
                 ) from error
         self._transport = message.transport = "body"
         return self._begin(message)
-
-    def _ask_in_turn(self, path: str, message: msgspec.Struct, kind: type[M]) -> M:
-        """POST a message. An update that a trainer left behind when it died stands in the way for some seconds."""
-        deadline = time.monotonic() + TAKEOVER_SECONDS
-        while True:
-            try:
-                return self._connection.post(path, message, kind, timeout=STEP_SECONDS)
-            except ServerError as error:
-                if error.status != LOCKED or time.monotonic() > deadline:
-                    raise
-            time.sleep(0.5)  # between two questions to another process
 
     def _writer(self, reply: wire.BeginReply, specs: Sequence[TensorSpec]) -> Writer:
         # The policy and the reference have a file each. A server that was started again has new ones.
@@ -198,23 +198,7 @@ class Sender:
 
     def _make_group(self, info: wire.ServerInfo) -> None:
         assert self._device is not None
-        nccl = self._device.type == info.platform == "cuda"
-        if not nccl and info.platform != "cpu":
-            raise ValueError(
-                f"transport='group' cannot connect a trainer on {self._device.type} with a server on {info.platform}; "
-                "use 'shared_memory' or 'body'"
-            )
-        backend, devices = ("nccl", [uuid_of(self._device)]) if nccl else ("gloo", [])
-        check_devices_apart(devices, [uuid for replica in info.replicas for uuid in replica.devices])
-        message = wire.CommunicatorMessage(backend=backend, devices=devices, timeout=STEP_SECONDS)
-        reply = self._ask_in_turn("/communicator", message, wire.CommunicatorReply)
-        store = group.HttpStore(self._connection.url, self._connection.key or "", reply.group, JOIN_SECONDS)
-        device = self._device if nccl else torch.device("cpu")
-        try:
-            self._group = group.join(backend, store, 0, reply.world_size, STEP_SECONDS, device)
-        except group.GroupError as error:
-            self._connection.call("DELETE", "/communicator")
-            raise ConnectionError(f"{self._connection.url}: {error}") from error
+        self._group = make_group(self._connection, self._device, info, STEP_SECONDS)
 
     def _joined(self) -> group.Group:
         assert self._group is not None

@@ -242,13 +242,18 @@ class ReplicaCommunicator(Message):
 
 
 class ReplicaInfo(Message):
-    """One replica: `state` is `starting`, `ready`, `stale` (no weights yet, or lost them) or `dead`."""
+    """One replica: `state` is `starting`, `ready`, `stale` (no weights yet, or lost them) or `dead`.
+
+    Attributes:
+        ranks: Its workers, each of which takes part in a process group.
+    """
 
     state: str
     version: int | None = None
     running: int = 0
     devices: list[str] = []
     detail: str = ""
+    ranks: int = 0
 
 
 class ServerInfo(Message):

@@ -15,11 +15,11 @@ from slipstream.weights.verify import checksum
 def specs_of(tensors: Iterable[tuple[str, Tensor]], dtype: str) -> list[TensorSpec]:
     """What is sent for `tensors` to an engine that computes in `dtype`.
 
-    Types of 16 bits travel as they are; wider ones are cast to `dtype`, which the engine would do otherwise.
+    Types of 16 bits travel as they are; float32 is cast to `dtype`, which the engine would do otherwise. Others cannot
+    be sent: their specs have them all the same, for the error that names everything that does not fit.
     """
-    narrow = (torch.bfloat16, torch.float16)
     return [
-        TensorSpec(name, str(t.dtype).removeprefix("torch.") if t.dtype in narrow else dtype, tuple(t.shape))
+        TensorSpec(name, dtype if t.dtype == torch.float32 else str(t.dtype).removeprefix("torch."), tuple(t.shape))
         for name, t in tensors
     ]
 

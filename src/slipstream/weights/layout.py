@@ -12,6 +12,13 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LARGEST_TENSOR = 1 << 50  # values; torch cannot describe one of more than 63 bits
 
 
+def unsendable(specs: Sequence[TensorSpec]) -> str:
+    """What is wrong with the types of `specs`; empty if nothing is."""
+    wrong = [f"{spec.name} ({spec.dtype})" for spec in specs if spec.dtype not in ITEM_BYTES]
+    shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+    return f"of a type that cannot be sent (it must be one of {', '.join(ITEM_BYTES)}): {shown}" if wrong else ""
+
+
 def bytes_of(spec: TensorSpec) -> int:
     """Bytes of one tensor.
 

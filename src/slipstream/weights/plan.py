@@ -8,13 +8,15 @@ table of models is needed, and nothing is touched.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+_MOST_REFUSED = 16  # tensors that one error explains; each costs a rehearsal
 
 Signature = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of the tensors of one update, in order."""
@@ -95,36 +97,61 @@ def make_plan(
 
     Raises:
         WeightUpdateError: A name is sent twice, or unknown to the engine; a shape differs; a parameter would get no
-            value, only a part of it, or two.
+            value, only a part of it, or two. One error names them all.
     """
     twice = sorted(name for name, count in Counter(name for name, _ in tensors).items() if count > 1)
-    if twice:
-        raise WeightUpdateError(f"weight update refused, the engine is unchanged: sent twice: {some(twice)}")
-    blanks = [(name, _blank(tensor)) for name, tensor in tensors]
-    recorder = _Recorder(parameters, blanks)
-    reached = "none"
-
-    def noting() -> Iterable[tuple[str, Tensor]]:
-        nonlocal reached
-        for name, blank in blanks:
-            reached = name
-            yield name, blank
-
-    try:
-        with torch.no_grad(), recorder:
-            load(noting())
-    except (AssertionError, KeyError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        shape = dict(signature_of(tensors)).get(reached)
-        raise WeightUpdateError(
-            f"weight update refused, the engine is unchanged: it cannot take {reached!r} of shape {shape} "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    _check_coverage(parameters, recorder, [name for name, _ in tensors])
+    problems = [f"sent twice: {some(twice)}"] if twice else []
+    recorder, refused, whole = _rehearse(parameters, load, list(dict(tensors).items()))
+    if refused:
+        more = f" and perhaps others: the first {_MOST_REFUSED} are named" * (len(refused) == _MOST_REFUSED)
+        problems.append(f"it cannot take {', '.join(refused.values())}{more}")
+    if whole:
+        problems += _coverage(parameters, recorder, {name for name, _ in tensors} - refused.keys(), refused)
+    if problems:
+        raise WeightUpdateError("weight update refused, the engine is unchanged: " + "; ".join(problems))
     layouts = {name: (tuple(p.shape), p.stride()) for name, p in parameters.items()}
     return Plan(signature_of(tensors), tuple(recorder.regions), layouts, tuple(recorder.zeros))
 
 
-def _check_coverage(parameters: dict[str, Tensor], recorder: _Recorder, sent: Sequence[str]) -> None:
+def _rehearse(
+    parameters: dict[str, Tensor],
+    load: Callable[[Iterable[tuple[str, Tensor]]], Any],
+    tensors: Sequence[tuple[str, Tensor]],
+) -> tuple[_Recorder, dict[str, str], bool]:
+    """Load without the tensors that loading stops at, found one by one.
+
+    Returns:
+        What was recorded in the end, what was refused (name, and why), and whether all others were taken.
+    """
+    refused: dict[str, str] = {}
+    while True:
+        blanks = [(name, _blank(tensor)) for name, tensor in tensors if name not in refused]
+        recorder = _Recorder(parameters, blanks)
+        reached, all_read = "none", False
+
+        def noting(blanks: list[tuple[str, Tensor]] = blanks) -> Iterable[tuple[str, Tensor]]:
+            nonlocal reached, all_read
+            for name, blank in blanks:
+                reached = name
+                yield name, blank
+            all_read = True
+
+        try:
+            with torch.no_grad(), recorder:
+                load(noting())
+            return recorder, refused, True
+        except (AssertionError, KeyError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            shape = dict(signature_of(tensors)).get(reached)
+            refused[reached] = f"{reached!r} of shape {shape} ({type(error).__name__}: {error})"
+        # What fails when all was read is the fault of no single tensor.
+        if all_read or reached == "none" or len(refused) == _MOST_REFUSED:
+            return recorder, refused, False
+
+
+def _coverage(
+    parameters: dict[str, Tensor], recorder: _Recorder, taken: set[str], refused: Container[str]
+) -> list[str]:
+    """What is wrong with the values that parameters get from `taken`. One of a refused name was not forgotten."""
     filled: dict[str, int] = defaultdict(int)
     twice = set()
     for (name, view), count in Counter((r.parameter, r.target) for r in recorder.regions).items():
@@ -135,21 +162,19 @@ def _check_coverage(parameters: dict[str, Tensor], recorder: _Recorder, sent: Se
     for name, parameter in parameters.items():
         # Rows that pad the vocabulary are filled with zeros by the loader.
         wanted = parameter.numel() - recorder.zeroed[name]
-        if filled[name] == 0:
+        if filled[name] == 0 and name not in refused:
             missing.append(name)
-        elif filled[name] < wanted:
+        elif 0 < filled[name] < wanted:
             partly.append(f"{name} ({filled[name]} of {wanted} values)")
         elif filled[name] > parameter.numel():
             twice.add(name)
     problems = {
         "missing": missing,
-        "incomplete (a part of a fused module was not sent)": partly,
+        f"incomplete (a part of a fused module was not sent{' or not taken' * bool(refused)})": partly,
         "filled twice": sorted(twice),
-        "unexpected (the engine has no use for them)": sorted(set(sent) - recorder.used),
+        "unexpected (the engine has no use for them)": sorted(taken - recorder.used),
     }
-    told = [f"{what}: {some(names)}" for what, names in problems.items() if names]
-    if told:
-        raise WeightUpdateError("weight update refused, the engine is unchanged: " + "; ".join(told))
+    return [f"{what}: {some(names)}" for what, names in problems.items() if names]
 
 
 def _blank(tensor: Tensor) -> Tensor:
