@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import http.server
 import os
 import socket
 import subprocess
@@ -11,6 +13,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -411,6 +414,51 @@ def test_a_port_that_does_not_answer_is_an_error_at_the_deadline():
         with pytest.raises(ConnectionError, match="no server at"):
             VLLMClient(server_port=silent.getsockname()[1], api_key="k", connection_timeout=1)
         assert time.monotonic() - begin < 5
+
+
+@contextmanager
+def proxy(health, info, seconds=0.0):
+    """The URL of one that answers these statuses, the latter after some seconds; and the paths it was asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            time.sleep(seconds if self.path == "/server_info" else 0)
+            with contextlib.suppress(ConnectionError):  # who asked waits no longer
+                self.send_error(health if self.path == "/health" else info)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
+        made.daemon_threads = True
+        thread = threading.Thread(target=made.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{made.server_port}", asked
+        finally:
+            made.shutdown()
+            thread.join(10)
+
+
+@pytest.mark.parametrize(("health", "info"), [(502, 500), (504, 500), (200, 502), (200, 503), (200, 504)])
+def test_a_proxy_without_a_server_behind_it_is_waited_for(health, info):
+    begin = time.monotonic()
+    with (
+        proxy(health, info) as (url, asked),
+        pytest.raises(ConnectionError, match=r"is not ready.*Waited 0\.6 s for it"),
+    ):
+        VLLMClient(base_url=url, api_key="k", connection_timeout=0.6)
+    assert 0.5 < time.monotonic() - begin < 3
+    assert len(asked) > 2
+
+
+def test_a_server_that_is_slow_to_say_what_it_is_is_not_waited_for_longer():
+    begin = time.monotonic()
+    with proxy(200, 500, seconds=30) as (url, _), pytest.raises(ConnectionError, match=r"Waited 2 s for it"):
+        VLLMClient(base_url=url, api_key="k", connection_timeout=2)
+    assert time.monotonic() - begin < 5
 
 
 @pytest.mark.parametrize(("key", "message"), [("another-key", "does not accept this key"), ("", "wants a key")])

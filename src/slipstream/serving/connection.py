@@ -15,6 +15,7 @@ from slipstream.serving.wire import MSGPACK, ServerInfo, decode, encode
 
 M = TypeVar("M", bound=msgspec.Struct)
 CALL_SECONDS = 60.0  # that the server may take over a call that neither generates nor loads
+_NOT_READY = (502, 503, 504)  # statuses: the server's own, and those of a proxy before one that does not answer it
 _PAUSES = (0.1, 0.4)  # before a GET that failed on its way is tried again
 # A machine that vanishes closes no connection: ask for a sign of life after a minute of silence, six times.
 _KEEPALIVE = [
@@ -79,10 +80,16 @@ class Connection:
         while True:
             left = deadline - time.monotonic()
             last = left <= 0
+            patience = min(max(left, 1.0), 10.0)  # one that is not asked long must be able to answer all the same
             try:
-                answer = self._exchange("GET", "/health", timeout=min(max(left, 1.0), 10.0))
-                if answer.status_code != 503:
-                    return self.get("/server_info", ServerInfo)
+                answer = self._exchange("GET", "/health", timeout=patience)
+                if answer.status_code not in _NOT_READY:
+                    answer = self._ask(
+                        "GET", "/server_info", timeout=min(patience, max(1.0, deadline - time.monotonic()))
+                    )
+                if answer.status_code not in _NOT_READY:
+                    self._check(answer, "/server_info")
+                    return self._message(answer, ServerInfo)
                 reason = f"the server at {self.url} is not ready: {_detail(answer)}"
             except (LostError, TimeoutError) as error:
                 reason = f"there is no server at {self.url} ({error.__cause__})"
@@ -146,10 +153,15 @@ class Connection:
     ) -> httpx.Response:
         if message is not None:
             content = encode(message)
+        answer = self._ask(method, path, content, timeout)
+        self._check(answer, path)
+        return answer
+
+    def _ask(self, method: str, path: str, content: Any = None, timeout: float = CALL_SECONDS) -> httpx.Response:
+        """The answer, whatever it is; with the other key, where a server that was started again has made one."""
         answer = self._exchange(method, path, content, timeout)
         if answer.status_code == 401 and self._found_another_key():
             answer = self._exchange(method, path, content, timeout)  # without the key, nothing was done
-        self._check(answer, path)
         return answer
 
     def _exchange(self, method: str, path: str, content: Any = None, timeout: float = CALL_SECONDS) -> httpx.Response:
@@ -216,4 +228,4 @@ def _detail(answer: httpx.Response) -> str:
     try:
         return str(msgspec.json.decode(answer.content, type=_ErrorBody).detail)
     except msgspec.DecodeError:
-        return answer.text[:300] or answer.reason_phrase
+        return " ".join(answer.text.split())[:300] or answer.reason_phrase
