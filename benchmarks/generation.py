@@ -1,9 +1,9 @@
 """What the sampled tokens' log-probabilities and vLLM's bookkeeping cost, in five ways that take turns in one engine.
 
-`none`: without any, steps scheduled for all sequences at once. `ours`: the same with log-probabilities, gathered on the
-device and fetched once a call. `each`: as `none`, but vLLM schedules every sequence by itself. `flat`: vLLM's
-log-probabilities, in flat lists, final answers only. `trl`: as TRL asks, a request a completion, with text and an object
-a token. Lengths are fixed. Prints a table and writes JSON; ratios are of the median seconds, to those of `none`.
+`none`: without any, steps scheduled for all sequences at once. `ours`: the same with log-probabilities, gathered on
+the device and fetched once a call. `each`: as `none`, but vLLM schedules every sequence by itself. `flat`: vLLM's
+log-probabilities, in flat lists, final answers only. `trl`: as TRL asks, a request a completion, with text and an
+object a token. Lengths are fixed. Prints a table and writes JSON; ratios are of the median seconds, to `none`'s.
 
     python benchmarks/generation.py --out benchmarks/results/generation_cpu.json                        # on a CPU
     python benchmarks/generation.py --shape qwen2-1.5b --prompts 64 --completions 8 --tokens 512 --dtype bfloat16 \

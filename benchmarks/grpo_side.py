@@ -9,6 +9,7 @@ end of the next, so that nothing is left out.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import importlib.util
 import itertools
@@ -19,7 +20,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,10 @@ class Phases:
 class Stopwatch(TrainerCallback):
     """Time, phases and memory of the steps after the first `skip`."""
 
-    def __init__(self, phases: Phases, skip: int) -> None:
-        self.phases, self.skip, self.marks = phases, skip, []
+    def __init__(self, phases: Phases, skip: int, steps: int) -> None:
+        self.phases, self.skip, self.steps, self.marks = phases, skip, steps, []
+        self.found: dict[str, Any] = {}
+        self.write: Callable[[], None] = lambda: None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step ends with the optimizer's."""
@@ -80,10 +83,16 @@ class Stopwatch(TrainerCallback):
             self.phases.seconds.clear()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
+        if len(self.marks) == self.steps:
+            self.found = self._result()
 
-    def result(self) -> dict[str, Any]:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What was measured is written when the last step is logged, whatever fails later."""
+        if self.found:
+            self.write()
+
+    def _result(self) -> dict[str, Any]:
         """Means over the steps that count."""
-        synchronize()
         ends = self.marks[self.skip - 1 :]
         steps = [b - a for a, b in itertools.pairwise(ends)]
         phases = {name: seconds / len(steps) for name, seconds in self.phases.seconds.items()}
@@ -169,6 +178,7 @@ def ours(side: str, fields: dict[str, Any], tokens: int, phases: Phases) -> tupl
         "push_weights": "sync",
     }.items():  # fmt: skip
         phases.time(GRPOTrainer, method, phase)
+    fields |= {"html_report": False}
     return GRPOTrainer, GRPOConfig, fields | ({} if side == "measured" else {"max_tokens_per_micro_batch": tokens})
 
 
@@ -189,8 +199,8 @@ def theirs(fields: dict[str, Any], phases: Phases) -> tuple[type, type, dict[str
     return GRPOTrainer, GRPOConfig, fields
 
 
-def run(side: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train, and return what was measured."""
+def run(side: str, settings: dict[str, Any], out: Path) -> None:
+    """Train, and write what was measured."""
     from datasets import Dataset
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
@@ -204,21 +214,27 @@ def run(side: str, settings: dict[str, Any]) -> dict[str, Any]:
         trainer_class, config_class, fields = theirs(fields, phases)
     else:
         trainer_class, config_class, fields = ours(side, fields, settings["micro_batch"] * longest, phases)
-    watch = Stopwatch(phases, settings["skip"])
+    watch = Stopwatch(phases, settings["skip"], settings["steps"])
     trainer = trainer_class(
         model=settings["model"], args=config_class(output_dir=settings["folder"], **fields), reward_funcs=right_answer,
         train_dataset=Dataset.from_list(rows), callbacks=[watch],
     )  # fmt: skip
+
+    def write() -> None:
+        log = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry]
+        log = log[settings["skip"] :]
+        length = sum(entry["completions/mean_length"] for entry in log) / len(log)
+        budget = getattr(getattr(trainer, "packer", None), "max_tokens", None)
+        found = watch.found | {
+            "mean_length": length, "prompt_tokens": prompt_tokens,
+            "tokens_per_second": length * settings["completions"] / watch.found["step_seconds"],
+            **({} if budget is None else {"max_tokens_per_micro_batch": budget}),
+            "versions": versions(),
+        }  # fmt: skip
+        out.write_text(json.dumps(found))
+
+    watch.write = write
     trainer.train()
-    found = watch.result()
-    log = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry][settings["skip"] :]
-    length = sum(entry["completions/mean_length"] for entry in log) / len(log)
-    budget = getattr(getattr(trainer, "packer", None), "max_tokens", None)
-    return found | {
-        "mean_length": length, "prompt_tokens": prompt_tokens,
-        "tokens_per_second": length * settings["completions"] / found["step_seconds"],
-        **({} if budget is None else {"max_tokens_per_micro_batch": budget}), "versions": versions(),
-    }  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -240,7 +256,9 @@ def main() -> None:
     if importlib.util.find_spec(package) is None:
         out.write_text(json.dumps({"error": f"{package} is not installed for {sys.executable}"}))
         return
-    out.write_text(json.dumps(run(side, settings)))
+    # A side that is late says where it is before it is ended.
+    faulthandler.dump_traceback_later(max(settings["timeout"] - 10, 1))
+    run(side, settings, out)
 
 
 if __name__ == "__main__":

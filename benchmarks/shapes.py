@@ -32,14 +32,24 @@ SHAPES: dict[str, PretrainedConfig] = {
 }  # fmt: skip
 
 
-def save(shape: str, folder: Path, dtype: torch.dtype) -> Path:
-    """Save a model of this shape, and a chat tokenizer in which every token id of its vocabulary has a text."""
+def save(shape: str, folder: Path, dtype: torch.dtype, *, end_every: float | None = None) -> Path:
+    """Save a model of this shape, and a chat tokenizer in which every token id of its vocabulary has a text.
+
+    Args:
+        end_every: How many tokens a completion has on average, if nothing cuts it off: random weights sample nearly
+            uniformly, so as many tokens of the vocabulary end one as makes that. None: the tokenizer's alone.
+    """
     config = SHAPES[shape]
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, tokenizer.eos_token_id, tokenizer.pad_token_id
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a device that is quicker with it
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    ends = tokenizer.eos_token_id
+    if end_every is not None:
+        last = config.vocab_size
+        ends = [ends, *range(last - round(last / end_every), last)]
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer.json"

@@ -35,15 +35,17 @@ PHASES = ("generate", "score", "sync", "forward", "train", "rest")
 def run_side(side: str, python: str, settings: dict[str, Any], folder: Path, timeout: float) -> dict[str, Any]:
     """One side's measurements, or what it said when it failed."""
     given, out = folder / "settings.json", folder / f"{side}.json"
-    given.write_text(json.dumps(settings | {"folder": str(folder / side)}))
+    given.write_text(json.dumps(settings | {"folder": str(folder / side), "timeout": timeout}))
     command = [python, str(Path(__file__).with_name("grpo_side.py")), side, str(given), str(out)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {timeout:.0f} seconds"}
-    if done.returncode:
-        return {"error": (done.stderr or done.stdout)[-3000:]}
-    return json.loads(out.read_text())
+    said = folder / f"{side}.log"
+    with said.open("w") as log:
+        try:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout).returncode
+            error = {"error": said.read_text(errors="replace")[-3000:]} if code else {}
+        except subprocess.TimeoutExpired:
+            error = {"error": f"{said.read_text(errors='replace')[-3000:]}\nnot done after {timeout:.0f} seconds"}
+    # What was measured before something failed counts all the same.
+    return json.loads(out.read_text()) | error if out.exists() else error
 
 
 def compare(sides: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -74,6 +76,7 @@ def table(result: dict[str, Any]) -> str:
     for name, side in result["sides"].items():
         if "error" in side:
             lines.append(f"{name:10}{side['error'].strip().splitlines()[-1]}")
+        if "step_seconds" not in side:
             continue
         phases = "".join(f"{side['phases'].get(p, 0.0):10.3f}" for p in PHASES)
         lines.append(
@@ -96,7 +99,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--micro-batch", type=int, default=32, help="completions")
     made.add_argument("--prompt-tokens", type=int, default=0, help="at least")
     made.add_argument("--max-tokens", type=int, default=512, help="of a completion")
-    made.add_argument("--fixed-length", action="store_true", help="every completion has --max-tokens tokens")
+    length = made.add_mutually_exclusive_group()
+    length.add_argument("--fixed-length", action="store_true", help="every completion has --max-tokens tokens")
+    length.add_argument(
+        "--end-every", type=float, metavar="TOKENS", help="with --shape: a token ends a completion once in so many"
+    )
     made.add_argument("--steps", type=int, default=8)
     made.add_argument("--skip", type=int, default=2, help="first steps that do not count")
     made.add_argument("--generation", choices=("vllm", "transformers"), default="vllm")
@@ -141,7 +148,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.shape:
-            settings["model"] = str(shapes.save(args.shape, folder / "model", getattr(torch, args.weights)))
+            made = shapes.save(args.shape, folder / "model", getattr(torch, args.weights), end_every=args.end_every)
+            settings["model"] = str(made)
         for side in args.sides:
             python = args.trl_python if side == "trl" else sys.executable
             result["sides"][side] = run_side(side, python, settings, folder, args.timeout)

@@ -1,0 +1,84 @@
+"""Draw docs/performance.png: a decode step and a training pass on a GPU, before and after, against their floors.
+
+    python benchmarks/performance_picture.py        # needs matplotlib
+
+A floor is the larger of two times: the operations that are needed over the card's measured rate of bfloat16 products,
+and the bytes that must be read over its measured bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BANDWIDTH = 4.3e12  # bytes a second of a copy on an H200, read and written ones counted
+# Qwen2-1.5B's shape: parameters, and bytes of keys and values of a token (28 layers, 2 heads of 128, bfloat16).
+PARAMETERS, CACHE = 1.54e9, 28 * 2 * 2 * 128 * 2
+STEPS = {
+    "trl": "as TRL asks", "flat": "vLLM's flat lists", "each": "none, vLLM's scheduling", "ours": "Slipstream",
+    "none": "Slipstream, none",
+}  # fmt: skip
+OURS = {"Slipstream", "Slipstream, none", "or prompts shared"}
+PASSES = {
+    "way=packed,tokens=16384,gradient_checkpointing=on": "packed, float32,\ncheckpointing",
+    "way=packed,tokens=16384,gradient_checkpointing=off": "packed, float32",
+    "way=packed,tokens=16384,gradient_checkpointing=off,weights=bfloat16": "packed, bfloat16",
+    "way=packed,tokens=16384,gradient_checkpointing=off,weights=bfloat16,compile=parts": "and parts compiled",
+    "way=packed,tokens=16384,gradient_checkpointing=off,weights=bfloat16,liger=on": "or liger kernels",
+    "way=shared,tokens=16384,gradient_checkpointing=off,weights=bfloat16": "or prompts shared",
+}
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def decode_floor(options: dict[str, Any], rate: float) -> float:
+    """Milliseconds that a decode step of all sequences takes at least."""
+    sequences = options["prompts"] * options["completions"]
+    context = options["prompt_tokens"] + options["tokens"] / 2
+    reading = (2 * PARAMETERS + sequences * context * CACHE) / BANDWIDTH
+    return 1000 * max(reading, 2 * PARAMETERS * sequences / rate)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sampled, trained = result("generation_h200"), result("training_sweep_h200")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4))
+    floor = decode_floor(sampled["options"], trained["matrix_flops_per_second"])
+    bars(left, {STEPS[w]: sampled["ms_per_step"][w] for w in STEPS}, [floor] * len(STEPS), "{:.1f} ms")
+    left.set_title("A decode step, 512 sequences, 1.5B, H200", fontsize=10)
+    left.set_xlabel("milliseconds")
+    rows = {name: trained["sweep"][setting] for setting, name in PASSES.items()}
+    floors = [row["seconds"] * row["utilization"] for row in rows.values()]
+    bars(right, {name: row["seconds"] for name, row in rows.items()}, floors, "{:.2f} s")
+    right.set_title("A training pass, 128 completions, 1.5B, H200", fontsize=10)
+    right.set_xlabel("seconds")
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "performance.png", dpi=110)
+
+
+def bars(axes: Any, values: dict[str, float], floors: list[float], form: str) -> None:
+    """A bar for each value, with a mark where its floor is."""
+    axes.barh(
+        list(values), list(values.values()), color=["tab:blue" if name in OURS else "tab:gray" for name in values]
+    )
+    for i, (value, floor) in enumerate(zip(values.values(), floors, strict=True)):
+        axes.plot([floor, floor], [i - 0.4, i + 0.4], color="tab:red", label="floor" if i == 0 else None)
+        axes.text(value, i, " " + form.format(value), va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.legend(loc="lower right")
+
+
+if __name__ == "__main__":
+    main()
