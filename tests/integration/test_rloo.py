@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from engines import logprobs
 from rounds import ROWS, away, gradient, history, load, make, sample
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from slipstream import RLOOTrainer
+from slipstream.trainers.policy_gradient import SAMPLER_CORRECTIONS
 
 
 def close(a, b, tolerance=1e-6):
@@ -85,6 +89,62 @@ def test_the_loss_is_the_formula(tiny_model, tmp_path):
     loss.backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
     assert close(got, expected, 2e-5)
+
+
+@pytest.mark.parametrize("mode", ["off", *SAMPLER_CORRECTIONS])
+def test_the_samplers_error_is_corrected(tiny_model, tmp_path, mode):
+    """Each token's gradient has the weight that the mode says; naively, in float64."""
+    low, high = 0.75, 1.3
+    correction = {"vllm_importance_sampling_correction": mode != "off"}
+    if mode != "off":
+        correction["vllm_importance_sampling_mode"] = mode
+    trainer = make("RLOO", away(tiny_model), tmp_path, beta=0.0, num_generations=4, **correction,
+                   vllm_importance_sampling_clip_min=low, vllm_importance_sampling_clip_max=high)  # fmt: skip
+    rollouts = sample(trainer)
+    generator, logps = torch.Generator().manual_seed(1), []
+    for r in rollouts:
+        ids = torch.tensor([[*r.prompt.ids, *r.completion.ids]])
+        policy = trainer.model(ids).logits[0, len(r.prompt.ids) - 1 : -1].double().log_softmax(-1)
+        logps.append(policy.gather(-1, torch.tensor(r.completion.ids)[:, None])[:, 0])
+        noise = 0.3 * torch.randn(len(r.completion.ids), generator=generator)
+        r.extra["sampler_logps"] = logps[-1].detach().float() + noise
+    _, got = gradient(trainer, rollouts)
+    trainer.model.zero_grad()
+    loss, weighted = 0, []
+    for i, (rollout, own) in enumerate(zip(rollouts, logps, strict=True)):
+        others = [rollouts[j].rewards[0] for j in range(i // 4 * 4, i // 4 * 4 + 4) if j != i]
+        deltas = (own.detach() - rollout.extra["sampler_logps"].double()).tolist()
+        if mode == "off":
+            weights = [1.0] * len(deltas)
+        else:
+            if mode.startswith("token"):
+                ratios = [math.exp(delta) for delta in deltas]
+            else:
+                summed = sum(deltas) / (len(deltas) if "geometric" in mode else 1)
+                ratios = [math.exp(summed)] * len(deltas)
+            if mode.endswith("truncate"):
+                weights = [min(max(ratio, low), high) for ratio in ratios]
+            else:
+                weights = [ratio if low <= ratio <= high else 0.0 for ratio in ratios]
+        weighted += weights
+        advantage = rollout.rewards[0] - sum(others) / 3
+        loss = loss - advantage * (own * torch.tensor(weights)).sum() / len(rollouts)
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    assert close(got, expected, 2e-5)
+    assert len(set(weighted)) > 2 or mode == "off"
+
+
+def test_a_reward_model_scores(tiny_model, tmp_path):
+    scorer = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    arguments = {"reward_funcs": scorer, "reward_processing_classes": tokenizer}
+    trainer = make("RLOO", tiny_model, tmp_path, arguments=arguments)
+    for rollout in sample(trainer):
+        ids = tokenizer(rollout.prompt.row["prompt"] + rollout.text, return_tensors="pt", add_special_tokens=False)
+        assert rollout.rewards[0] == pytest.approx(scorer(**ids).logits.item(), abs=1e-5)
+    trainer.train()
+    assert len(history(trainer, "rewards/tiny/mean")) == 2
 
 
 def test_a_truncated_row_teaches_nothing(tiny_model, tmp_path):
