@@ -1,4 +1,4 @@
-"""One rank of an RLOO, an Online DPO and an XPO run, started by torchrun; each saves its log as JSON and its model."""
+"""One rank of a run of each trainer but GRPO, started by torchrun; each saves its log as JSON and its model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main() -> None:
     model, folder, prompts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     rows = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)])
     # A rank may have one and a half of RLOO's groups of four.
-    sizes = {"RLOO": 2 * prompts, "OnlineDPO": prompts, "XPO": prompts}
+    sizes = {"RLOO": 2 * prompts, "OnlineDPO": prompts, "NashMD": prompts, "XPO": prompts}
     for name, size in sizes.items():
         given = {"num_generations": 4} if name == "RLOO" else {}
         args = getattr(slipstream, f"{name}Config")(

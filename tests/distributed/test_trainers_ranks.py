@@ -1,4 +1,4 @@
-"""RLOO, Online DPO and XPO on two ranks learn what they learn on one."""
+"""RLOO, Online DPO, Nash-MD and XPO on two ranks learn what they learn on one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ SCRIPT = Path(__file__).parent / "run_trainers.py"
 METRICS = {
     "RLOO": ("reward", "kl", "entropy", "clip_ratio/region_mean"),
     "OnlineDPO": ("judgements/failed", "objective/scores", "objective/rlhf_reward", "rewards/margins", "logps/chosen"),
+    "NashMD": ("judgements/failed", "rewards/probabilities", "loss/kl", "loss/score", "val/ref_contain_eos_token"),
     "XPO": ("judgements/failed", "objective/model_scores", "objective/kl", "loss/dpo", "val/ref_contain_eos_token"),
 }
 
