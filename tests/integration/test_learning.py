@@ -7,9 +7,12 @@ import json
 import statistics
 from pathlib import Path
 
+import engines
 import pytest
+import torch
 from datasets import Dataset
 from serving.servers import start_server
+from transformers import AutoTokenizer
 
 import slipstream
 
@@ -25,6 +28,7 @@ TRAINERS = {
     "NashMD": PAIRS | {"beta": 0.01},
     "XPO": PAIRS,
 }
+PAIRWISE = ("OnlineDPO", "NashMD", "XPO")
 
 
 def rows(split, count):
@@ -37,6 +41,24 @@ def load_correct():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.correct
+
+
+def preferences(model):
+    """Log-probabilities (200, 2) of the right answer to each held-out sum, and of the one that forgets to carry."""
+    tokenizer, model = AutoTokenizer.from_pretrained(QUICKSTART / "model"), model.eval()
+    values = []
+    for row in rows("test", 200):
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        for answer in (row["solution"], str(int(row["solution"]) - 10)):
+            ids = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+            values.append(engines.logprobs(model, prompt, ids).sum())
+    return torch.stack(values).view(-1, 2)
+
+
+@pytest.fixture(scope="module")
+def first_preferences():
+    """Those of the model before it is trained, which is the reference."""
+    return preferences(engines.policy(QUICKSTART / "model"))
 
 
 def near(completions, solution, **_):
@@ -54,9 +76,24 @@ def server():
     started.stop()
 
 
+def assert_preferences(name, mode, before, after, beta):
+    """Of pairs that do not change, the right answer is preferred more often, and its implicit reward rises."""
+    prefers = [(logps[:, 0] > logps[:, 1]).float().mean().item() for logps in (before, after)]
+    rewards = beta * (after - before)  # the first model is the reference
+    chosen, margins = rewards[:, 0], rewards[:, 0] - rewards[:, 1]
+    print(
+        f"{name} {mode}: right preferred {prefers[0]:.2f} -> {prefers[1]:.2f}; chosen reward median "
+        f"{chosen.median():+.4f}, mean {chosen.mean():+.4f}; margin median {margins.median():+.4f}"
+    )
+    assert prefers[1] > prefers[0] + 0.15
+    # Not the mean: of the sums that it still gets wrong, the policy has become surer.
+    assert chosen.median() > 0.05 * beta
+    assert margins.median() > 0.3 * beta
+
+
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 @pytest.mark.parametrize("name", TRAINERS)
-def test_it_learns_to_add(request, tmp_path, monkeypatch, name, mode):
+def test_it_learns_to_add(request, tmp_path, monkeypatch, first_preferences, name, mode):
     where = {"vllm_mode": mode}
     if mode == "server":
         server = request.getfixturevalue("server")
@@ -82,6 +119,8 @@ def test_it_learns_to_add(request, tmp_path, monkeypatch, name, mode):
     assert after > before + 0.2
     # Which prompts come is chance, and some are easier.
     assert statistics.mean(rewards[-5:]) > statistics.mean(rewards[:5])
+    if name in PAIRWISE:
+        assert_preferences(name, mode, first_preferences, preferences(trainer.model), TRAINERS[name]["beta"])
     if name in ("OnlineDPO", "XPO"):
         # The better one of a pair becomes likelier than the reference has it.
         for metric in ("rewards/chosen", "rewards/accuracies"):
