@@ -325,3 +325,25 @@ def test_sleep_is_refused_where_vllm_would_ignore_it(engine):
         engine.sleep()
     with pytest.raises(RuntimeError, match="awake already"):
         engine.wake()
+
+
+def test_a_reset_of_caches_reaches_every_block_with_contents(engine):
+    engine.generate([Request(p, n=2) for p in PROMPTS], Sampling(32))
+    pool = engine._llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    blocks = list(pool.blocks)
+    assert any(block.block_hash is not None for block in blocks)
+    with engine._guest.inside():
+        process.reset_caches(engine._llm)
+    assert pool.blocks == blocks
+    assert all(block.block_hash is None for block in blocks)
+
+
+def test_nothing_but_the_packing_of_a_cpu_stands_against_copies(engine, monkeypatch):
+    """What more than copies it takes to load this model on a GPU: nothing, in this version's layers."""
+    worker = process.worker_of(engine._llm)
+    assert "packed copy" in engine_model.more_than_copies(worker)
+    monkeypatch.setattr(engine_model, "on_cpu", lambda: False)
+    assert engine_model.more_than_copies(worker) is None
+    attention = next(m for n, m in worker.model_runner.get_model().named_modules() if n.endswith("self_attn.attn"))
+    monkeypatch.setattr(attention, "made_of_weights", torch.zeros(1), raising=False)
+    assert "made_of_weights (a tensor beside the parameters)" in engine_model.more_than_copies(worker)

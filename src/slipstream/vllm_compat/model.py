@@ -139,6 +139,7 @@ def more_than_copies(worker: Any) -> str | None:
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
     from vllm.v1.attention.backend import AttentionImplBase
 
+    constants = _scales_of_attention()
     for name, module in worker.model_runner.get_model().named_modules():
         method = getattr(module, "quant_method", None)
         if type(method) not in (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
@@ -150,10 +151,23 @@ def more_than_copies(worker: Any) -> str | None:
                 return f"{name} ({type(module.impl).__name__})"
         elif hasattr(module, "process_weights_after_loading"):
             return f"{name} ({type(module).__name__})"
-        beside = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor) and key != "kv_cache"]
+        beside = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
+        if isinstance(module, Attention):
+            beside = sorted({*beside} - {"kv_cache"} - constants)
         if beside:
             return f"{name}.{beside[0]} (a tensor beside the parameters)"
     return None
+
+
+def _scales_of_attention() -> set[str]:
+    """Tensors that attention without quantization keeps beside its parameters: it sets them to constants."""
+    import torch
+    from vllm.model_executor.layers.attention import attention
+
+    layer = torch.nn.Module()
+    before = set(vars(layer))
+    attention.set_default_quant_scales(layer, register_buffer=True)
+    return set(vars(layer)) - before
 
 
 def buffers(worker: Any) -> list[Any]:

@@ -92,13 +92,13 @@ class _Steady:
         return self._schedule(*args, **options)
 
     def update(self, scheduled: Any, sampled: Any) -> Any:
-        batch, rows = getattr(scheduled, MARK, (None, None))
-        if batch is None or batch is not self.batch:
-            told = self._update(scheduled, sampled)
-            if self.batch is not None:
-                self.batch.drop_finished()
-        else:
-            told = batch.update(scheduled, sampled, rows, self._update)
+        mark: Any = getattr(scheduled, MARK, (None, None))
+        batch, rows = mark
+        if self.batch is not None and batch is self.batch:
+            return self._with_unsent(self.batch.update(scheduled, sampled, rows, self._update))
+        told = self._update(scheduled, sampled)
+        if self.batch is not None:
+            self.batch.drop_finished()
         return self._with_unsent(told)
 
     def finish(self, *args: Any, **options: Any) -> Any:
