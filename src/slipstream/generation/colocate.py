@@ -122,12 +122,12 @@ class ColocateEngine:
             if reference:
                 mixture.install()
             self._llm, own_group = process.start(options)
+            # Also runs when the engine is collected, or still open when Python exits, or if what follows fails.
+            self._end = weakref.finalize(self, _end, self._llm, self._guest, own_group)
             self._recorder = sampled_logprobs.install(process.worker_of(self._llm)) if fast_logprobs else None
             if steady_decode:
                 process.decode_steadily(self._llm)
         self._team = process.team_group() if tensor_parallel_size > 1 else None
-        # Also runs when the engine is collected, or still open when Python exits.
-        self._end = weakref.finalize(self, _end, self._llm, self._guest, own_group)
         _alive.add(self)
 
     @property
