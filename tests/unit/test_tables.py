@@ -1,0 +1,30 @@
+"""The tables of measurements say what benchmarks/results does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from test_trainer_docs import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import tables
+
+# The ends of rows, from the files by hand.
+SHOWN = {
+    "docs/performance.md": ["| **Slipstream**, with log-probabilities | 3.55 | 6.94 | 1.07 |", "| 62% | 38 |"],
+    "README.md": ["| vLLM, asked as TRL asks | 14.31 s | 3.55 s | **4.0** |"],
+}
+
+
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_pages_are_up_to_date(page):
+    text = (ROOT / page).read_text()
+    assert tables.filled(text) == text, "run python benchmarks/tables.py"
+    assert all(row in text for row in SHOWN[page])
+
+
+def test_it_needs_nothing_but_python():
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import tables; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
