@@ -107,7 +107,9 @@ class OnlineConfig(TrainingArguments):
         2, "1 keeps the engine's weights in host memory while it sleeps, 2 drops them (the trainer sends them anyway)."
     )
     vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU's memory that vLLM may take (colocate).")
-    vllm_max_model_length: int | None = option(None, "Longest prompt + completion of the engine; None: the model's.")
+    vllm_max_model_length: int | None = option(
+        None, "Longest prompt + completion of the engine; None: the model's, or the server's."
+    )
     vllm_tensor_parallel_size: int = option(1, "GPUs (colocate: processes) that one engine's weights are split over.")
     vllm_server_base_url: str | None = option(None, "URL of the server; replaces its host and port.")
     vllm_server_host: str = option("0.0.0.0", "Host of the server.")

@@ -60,7 +60,12 @@ def first(batch: list[Any]) -> Any:
 
 
 def check_datasets(name: str, dataset: Any) -> None:
-    """Raise ValueError unless `dataset` is None, rows with a prompt that can be read by position, or a dict of such."""
+    """Raise an error unless `dataset` is None, rows with a prompt that can be read by position, or a dict of such.
+
+    Raises:
+        NotImplementedError: It has prompts with images, which the model would not see.
+        ValueError: It is anything else.
+    """
     if isinstance(dataset, dict):
         for key, one in dataset.items():
             check_datasets(f"{name}[{key!r}]", one)
@@ -78,6 +83,12 @@ def check_datasets(name: str, dataset: Any) -> None:
         raise ValueError(
             f"{name} has no column 'prompt'; its columns are {', '.join(map(repr, dataset[0]))}. Rename one: "
             "dataset.rename_column(..., 'prompt')."
+        )
+    images = [column for column in ("image", "images") if column in dataset[0]]
+    if images:
+        raise NotImplementedError(
+            f"{name} has a column {images[0]!r}, and prompts with images are not supported yet: the model would see "
+            f"the text alone. If that is what you want: dataset.remove_columns({images!r})."
         )
 
 
