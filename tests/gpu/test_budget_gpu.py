@@ -91,7 +91,7 @@ def test_a_run_measures_once(path, tmp_path, capsys):
 def test_an_engine_wakes_when_the_trainer_has_used_its_memory(path, tmp_path, level):
     trainer = make(
         path, tmp_path, use_vllm=True, vllm_max_model_length=128, vllm_enable_sleep_mode=True, vllm_sleep_level=level,
-        vllm_gpu_memory_utilization=0.5,
+        vllm_gpu_memory_utilization=0.5, vllm_engine_kwargs={"enforce_eager": True},
     )  # fmt: skip
     keep = trainer._learn
 
