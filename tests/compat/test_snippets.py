@@ -142,6 +142,8 @@ def test_a_documented_snippet_trains(run, name, scorer, mode):
     assert all(math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"]) for entry in steps)
     assert all(entry["staleness/max"] == 0 for entry in steps), "the second step sampled with what the first had learnt"
     assert all(entry["sync/bytes"] > 0 for entry in steps)
+    # A colocated engine gets the length that the pairwise trainers have; a server has its own.
+    assert trainer.args.vllm_max_model_length == (512 if name in PAIRWISE and mode == "colocate" else None)
     scores = {"a reward function": "accuracy_reward", "a reward model": "Qwen2-0.5B-Reward"}
     logged = {key for entry in steps for key in entry if re.fullmatch(r"rewards/[^/]+/mean", key)}
     assert logged == ({f"rewards/{scores[scorer]}/mean"} if scorer in scores else set())
