@@ -38,7 +38,7 @@ class Parts:
         mixture = prompts[0].mixture
         reader, frames = wire.FrameReader(), []
         with await self.turns.enter(mixture) as turn:
-            begun = await self.generation.begin(message, self.weights.serving(None, mixture))
+            begun = await self.generation.begin(message, lambda: self.weights.serving(None, mixture))
             async for piece in self.generation.stream(*begun, turn):
                 frames += reader.feed(piece)
         reader.finish()

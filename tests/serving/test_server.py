@@ -56,6 +56,28 @@ class TestGenerate:
         assert len(prompts[0]) == 4
         assert len(prompts[2]) == 5  # <user>hi<end><assistant>
 
+    def test_text_that_cannot_fit_is_refused_without_reading_it(self, server):
+        """A tokenizer takes seconds for megabytes, in which nobody else would be answered."""
+        text = "1+2=3 " * 1_000_000
+        for prompt, where in (
+            (wire.PromptMessage(text=text), "prompt 1 has 6000000 characters"),
+            (wire.PromptMessage(messages=[{"role": "user", "content": text}]), "prompt 1 has 6000004 characters"),
+        ):
+            message = request(PROMPTS[:1], max_tokens=4)
+            message.prompts.append(prompt)
+            begin = time.monotonic()
+            answer = call(server, "POST", "/generate", message)
+            assert time.monotonic() - begin < 2
+            assert (answer.status_code, where in answer.json()["detail"]) == (400, True), answer.text
+            assert "max_model_len=256 tokens" in answer.json()["detail"]
+        message.prompts[1:] = [wire.PromptMessage(text="1" * 2000)]  # might fit, and does not
+        answer = call(server, "POST", "/generate", message)
+        assert (answer.status_code, "prompt 1 has 2000 tokens" in answer.json()["detail"]) == (400, True), answer.text
+        message.prompts[1:] = [wire.PromptMessage(text=text, n=50)]
+        answer = call(server, "POST", "/generate", message)
+        assert (answer.status_code, "tokens are asked for" in answer.json()["detail"]) == (413, True), answer.text
+        assert len(generate(server, request(PROMPTS, max_tokens=4))) == 4
+
     def test_completions_come_as_they_finish(self, server):
         message = request(PROMPTS, max_tokens=4, extra=LONG)
         message.prompts[0].ids = PROMPTS[0]

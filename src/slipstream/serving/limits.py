@@ -26,7 +26,8 @@ class Limits:
 
     Attributes:
         prompts, completions: How many it may have, and ask for.
-        tokens: Of all its prompts given as ids, once a completion, and of all its completions at `max_tokens`.
+        tokens: Of all its prompts (characters of those given as text), once a completion, and of all its completions at
+            `max_tokens`.
         reference: Whether it may ask for samples of a reference model.
     """
 
@@ -146,4 +147,11 @@ def _finite(value: Any) -> bool:
 
 
 def _length(prompt: wire.PromptMessage) -> int:
-    return len(prompt.ids) // 4 if isinstance(prompt.ids, bytes) else 0
+    return len(prompt.ids) // 4 if isinstance(prompt.ids, bytes) else characters(prompt.text or prompt.messages)
+
+
+def characters(value: Any) -> int:
+    """Characters of a text, or of all texts in messages."""
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(characters, value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()))

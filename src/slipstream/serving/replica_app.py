@@ -110,8 +110,10 @@ class Replica:
         self._weights.serving(message.version, mixture, message.update)
         turn = await while_there(request.receive, self._turns.enter(mixture))
         try:
-            version = self._weights.serving(message.version, mixture, message.update)  # may have changed
-            jobs, frames = await self._generation.begin(message, version)
+            jobs, frames = await self._generation.begin(
+                message,
+                lambda: self._weights.serving(message.version, mixture, message.update),  # may have changed
+            )
         except BaseException:
             turn.close()
             raise

@@ -6,7 +6,8 @@ import asyncio
 import copy
 import inspect
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from slipstream.generation.engine import Request, Sampling
 from slipstream.generation.vllm_options import check_sampling, sampling_params
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.serving import wire
+from slipstream.serving.limits import characters
 from slipstream.vllm_compat import async_engine, token_prompt
 from slipstream.vllm_compat.mixture import cache_salt
 
@@ -92,6 +94,10 @@ class Generation:
         self._jobs: dict[str, Job] = {}
         self._ids = itertools.count()
         self._vocabulary = int(engine.model_config.get_vocab_size())
+        # Long texts take seconds. A tokenizer is one thread's at a time, and vLLM uses its own in the event loop.
+        self._tokenizing = ThreadPoolExecutor(1, "slipstream-tokenizer")
+        self._tokenizer = copy.deepcopy(engine.get_tokenizer())
+        self._longest_token = max(map(len, self._tokenizer.get_vocab()))
         self.max_model_len = int(engine.model_config.max_model_len)
 
     @property
@@ -105,8 +111,11 @@ class Generation:
         for job in self._jobs.values():
             job.switch(version, counts.get(job.id))
 
-    async def begin(self, message: wire.GenerateMessage, version: int) -> tuple[list[Job], list[bytes]]:
+    async def begin(self, message: wire.GenerateMessage, serving: Callable[[], int]) -> tuple[list[Job], list[bytes]]:
         """Check a request and give it to the engine.
+
+        Args:
+            serving: The version that serves it, asked once its prompts are read; it may raise.
 
         Returns:
             Its jobs, and the frames of prompts that came as text or messages.
@@ -122,10 +131,11 @@ class Generation:
             raise ValueError(
                 f"chat_template_kwargs: {', '.join(wrong)} cannot be given: only variables of the template"
             )
-        renderer = PromptRenderer(self._engine.get_tokenizer(), message.chat_template_kwargs)
-        for index, prompt in enumerate(message.prompts):
+        renderer = PromptRenderer(self._tokenizer, message.chat_template_kwargs)
+        read = [await self._prompt_ids(p, f"prompt {i}", renderer) for i, p in enumerate(message.prompts)]
+        version = serving()  # from here to where the jobs are known, nothing is waited for
+        for index, (prompt, ids) in enumerate(zip(message.prompts, read, strict=True)):
             where = f"prompt {index}"
-            ids = self._prompt_ids(prompt, where, renderer)
             self._check(prompt, ids, sampling, where)
             if prompt.ids is None:
                 frames.append(wire.prompt_frame(index, ids))
@@ -206,14 +216,21 @@ class Generation:
         params.skip_clone = True  # the engine may keep what it is given: every completion has a copy of its own
         return params
 
-    def _prompt_ids(self, prompt: wire.PromptMessage, where: str, renderer: PromptRenderer) -> list[int]:
+    async def _prompt_ids(self, prompt: wire.PromptMessage, where: str, renderer: PromptRenderer) -> list[int]:
         given = [value for value in (prompt.ids, prompt.text, prompt.messages) if value is not None]
         if len(given) != 1:
             raise ValueError(f"{where} has {len(given)} of ids, text and messages; give one of them")
         if prompt.ids is not None:
             return wire.unpack_ids(prompt.ids)
+        most = self.max_model_len * self._longest_token
+        if (length := characters(given[0])) > most:
+            raise ValueError(
+                f"{where} has {length} characters; max_model_len={self.max_model_len} tokens, none of more than "
+                f"{self._longest_token} characters, cannot hold more than {most}. Shorten the prompt, or start the "
+                "server with a larger --max-model-len."
+            )
         try:
-            return renderer.encode(given[0], where)
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, renderer.encode, given[0], where)
         except ValueError:
             raise
         except Exception as error:  # whatever a template does of messages that it was not written for
