@@ -105,6 +105,18 @@ class TestOptions:
             "enforce_eager": False, "kv_cache_dtype": "auto", "trust_remote_code": False, "model_impl": "vllm",
         }  # fmt: skip
 
+    def test_a_value_that_is_no_yaml_is_one_line(self, tmp_path):
+        with pytest.raises(ValueError, match=r"--seed '\{\{ messages \}\}x' cannot be read as YAML"):
+            settings("--model", "m", "--seed", "{{ messages }}x")
+        file = tmp_path / "serve.yaml"
+        file.write_text("model: {")
+        with pytest.raises(ValueError, match=r"serve\.yaml is not YAML"):
+            settings("--config", file)
+
+    def test_what_only_offline_engines_take_is_unknown(self):
+        with pytest.raises(ValueError, match="chat_template"):
+            settings("--model", "m", "--chat-template", "x")
+
     def test_what_the_engine_knows_is_passed_on(self):
         made = settings("--model", "m", "--max_num_seqs", 8, "--no-enable-chunked-prefill", "--seed=3")
         assert made.engine_options == {"max_num_seqs": 8, "enable_chunked_prefill": False, "seed": 3}
@@ -206,6 +218,13 @@ class TestDevices:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5, 6,7,1")
         made = device_slices(Settings(model="m", data_parallel_size=2, tensor_parallel_size=2))
         assert made == [{"CUDA_VISIBLE_DEVICES": "4,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}]
+
+    def test_stages_of_a_pipeline_are_workers_too(self, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+        made = Settings(model="m", data_parallel_size=2, engine_options={"pipeline_parallel_size": 2})
+        assert device_slices(made) == [{"CUDA_VISIBLE_DEVICES": "4,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}]
+        with pytest.raises(ValueError, match="--data-parallel-size 3 times 2 workers a replica needs 6 devices"):
+            device_slices(Settings(model="m", data_parallel_size=3, engine_options={"pipeline_parallel_size": 2}))
 
     def test_one_replica_takes_what_is_there(self, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")

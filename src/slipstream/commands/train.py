@@ -112,7 +112,10 @@ def read_settings(config: Path | None, options: list[str]) -> dict[str, Any]:
     if config is not None:
         if not config.is_file():
             raise FileNotFoundError(f"--config {config}: there is no such file.")
-        loaded = yaml.safe_load(config.read_text())
+        try:
+            loaded = yaml.safe_load(config.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config {config} is not YAML: {error}") from error
         if not isinstance(loaded, dict):
             raise ValueError(f"--config {config}: it must hold `field: value` lines, not a {type(loaded).__name__}.")
         settings |= loaded
@@ -125,8 +128,19 @@ def read_settings(config: Path | None, options: list[str]) -> dict[str, Any]:
         if not given:
             # A flag without a value is true, as in `--bf16`.
             text = remaining.pop(0) if remaining and not remaining[0].startswith("--") else "true"
-        settings[name.replace("-", "_")] = yaml.safe_load(text)
+        settings[name.replace("-", "_")] = _value(name, text)
     return settings
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--{name} {text!r} cannot be read as YAML ({reason}): put a text with such signs into quotes of its own, "
+            f"as in --{name} '\"...\"'."
+        ) from error
 
 
 def parse_settings(settings: dict[str, Any], config_class: Any) -> tuple[RunConfig, Any]:

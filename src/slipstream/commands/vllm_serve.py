@@ -24,7 +24,7 @@ CONTEXT = {
     "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_model_len is --max-model-len
 }
 _ENGINE_NAMES = (
-    "import json; from slipstream import vllm_compat; print(json.dumps(sorted(vllm_compat.engine_option_names())))"
+    "import json; from slipstream import vllm_compat; print(json.dumps(sorted(vllm_compat.server_option_names())))"
 )
 
 

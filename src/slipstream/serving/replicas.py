@@ -199,7 +199,7 @@ def device_slices(settings: Settings) -> list[dict[str, str]]:
     Raises:
         ValueError: there are fewer devices than workers.
     """
-    replicas, size = settings.data_parallel_size, settings.tensor_parallel_size
+    replicas, size = settings.data_parallel_size, settings.replica_workers
     if replicas == 1 or settings.distributed_executor_backend == "ray":
         return [{} for _ in range(replicas)]  # all that are visible; or Ray hands them out
     devices = visible_devices()
@@ -207,8 +207,8 @@ def device_slices(settings: Settings) -> list[dict[str, str]]:
         return [{} for _ in range(replicas)]
     if len(devices) < settings.workers:
         raise ValueError(
-            f"--data-parallel-size {replicas} times --tensor-parallel-size {size} needs {settings.workers} devices, "
-            f"but {len(devices)} are visible ({', '.join(devices)}): lower one of them, or set CUDA_VISIBLE_DEVICES."
+            f"--data-parallel-size {replicas} times {size} workers a replica needs {settings.workers} devices, but "
+            f"{len(devices)} are visible ({', '.join(devices)}): lower one of them, or set CUDA_VISIBLE_DEVICES."
         )
     return [{"CUDA_VISIBLE_DEVICES": ",".join(devices[i * size : (i + 1) * size])} for i in range(replicas)]
 

@@ -114,8 +114,13 @@ class Settings:
 
     @property
     def workers(self) -> int:
-        """Processes that hold weights: tensor-parallel times data-parallel."""
-        return self.tensor_parallel_size * self.data_parallel_size
+        """Processes that hold weights, of all replicas."""
+        return self.replica_workers * self.data_parallel_size
+
+    @property
+    def replica_workers(self) -> int:
+        """Those of one replica: tensor-parallel times pipeline-parallel, which is an option of vLLM's engine."""
+        return self.tensor_parallel_size * int(self.engine_options.get("pipeline_parallel_size", 1))
 
     def engine(self) -> dict[str, Any]:
         """Options of vLLM's engine, by its names; None leaves one to vLLM."""

@@ -104,9 +104,13 @@ def check_sleep_supported() -> None:
 def engine_option_names() -> set[str]:
     """Names that `vllm.LLM` accepts as keyword arguments, in this version."""
     vllm = load()
-    named = {field.name for field in dataclasses.fields(vllm.EngineArgs)}
     own = {name for name, p in inspect.signature(vllm.LLM.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    return {name for name in named | own if not name.startswith("_")}
+    return {name for name in server_option_names() | own if not name.startswith("_")}
+
+
+def server_option_names() -> set[str]:
+    """Names of the options of vLLM's engine without what `vllm.LLM` adds: all that a server's engine takes."""
+    return {field.name for field in dataclasses.fields(load().EngineArgs)}
 
 
 def sampling_option_names() -> set[str]:
