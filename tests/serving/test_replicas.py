@@ -77,18 +77,18 @@ def test_the_server_says_how_many_workers_it_starts(server):
 
 def test_prompts_are_spread_and_groups_stay_together(server):
     headers = {**server.headers, "content-type": wire.MSGPACK}
-    content = wire.encode(request(PROMPTS[:6], n=30, max_tokens=250, extra=LONG))
+    content = wire.encode(request(PROMPTS[:6], n=80, max_tokens=250, extra=LONG))
     with httpx.stream("POST", f"{server.url}/generate", content=content, headers=headers) as answer:
-        assert [replica.running for replica in calls.info(server).replicas] == [90, 90]
-        # One more goes to whichever has less to do.
+        assert [replica.running for replica in calls.info(server).replicas] == [240, 240]
+        # That is seconds of work, so that it is still there when the other has begun. One more goes to whichever has less to do.
         with httpx.stream(
             "POST", f"{server.url}/generate", content=wire.encode(request(PROMPTS[:1], n=4, max_tokens=99)),
             headers=headers,
         ) as other:  # fmt: skip
-            assert sorted(replica.running for replica in calls.info(server).replicas) == [90, 94]
+            assert sorted(replica.running for replica in calls.info(server).replicas) == [240, 244]
             calls.frames_of(b"".join(other.iter_raw()))
         frames = calls.frames_of(b"".join(answer.iter_raw()))
-    assert {(frame.prompt, frame.sample) for frame in frames} == {(p, s) for p in range(6) for s in range(30)}
+    assert {(frame.prompt, frame.sample) for frame in frames} == {(p, s) for p in range(6) for s in range(80)}
     assert [replica.running for replica in calls.info(server).replicas] == [0, 0]
 
 
