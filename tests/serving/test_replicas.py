@@ -80,7 +80,7 @@ def test_prompts_are_spread_and_groups_stay_together(server):
     content = wire.encode(request(PROMPTS[:6], n=80, max_tokens=250, extra=LONG))
     with httpx.stream("POST", f"{server.url}/generate", content=content, headers=headers) as answer:
         assert [replica.running for replica in calls.info(server).replicas] == [240, 240]
-        # That is seconds of work, so that it is still there when the other has begun. One more goes to whichever has less to do.
+        # Seconds of work, still under way when the next one begins: that goes to whichever has less to do.
         with httpx.stream(
             "POST", f"{server.url}/generate", content=wire.encode(request(PROMPTS[:1], n=4, max_tokens=99)),
             headers=headers,
