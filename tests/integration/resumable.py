@@ -17,25 +17,33 @@ def digits(completions, **_):
     return [sum(c.isdigit() for c in m[0]["content"]) / 8 for m in completions]
 
 
-def make(model, folder, *, rows=64, adapter=False, callbacks=None, **values):
-    """A trainer of ten steps that saves a checkpoint after the fifth; with `adapter`, of one with dropout."""
+def make(model, folder, *, trainer="GRPO", rows=64, adapter=False, callbacks=None, **values):
+    """A trainer of ten steps that saves a checkpoint after the fifth; with `adapter`, of one with dropout.
+
+    `trainer` is its name as in `slipstream.{name}Trainer`.
+    """
     from datasets import Dataset
 
-    from slipstream import GRPOConfig, GRPOTrainer
+    import slipstream
 
     settings = {
         "use_vllm": False, "vllm_max_model_length": 64, "max_completion_length": 8, "per_device_train_batch_size": 16,
-        "num_generations": 4, "max_steps": 10, "logging_steps": 1, "learning_rate": 3e-3, "report_to": [],
+        "max_steps": 10, "logging_steps": 1, "learning_rate": 3e-3, "report_to": [],
         "gradient_checkpointing": False, "save_strategy": "steps", "save_steps": 5, "disable_tqdm": True,
         "html_report": False,
     } | values  # fmt: skip
-    args, peft_config = GRPOConfig(output_dir=str(folder), **settings), None
+    if trainer in ("GRPO", "RLOO"):  # the others have pairs
+        settings.setdefault("num_generations", 4)
+    args, peft_config = getattr(slipstream, f"{trainer}Config")(output_dir=str(folder), **settings), None
     if adapter:
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
     train, evaluate = Dataset.from_list(ROWS[:rows]), Dataset.from_list(ROWS[:4])
-    return GRPOTrainer(model, digits, args, train, evaluate, peft_config=peft_config, callbacks=callbacks)
+    return getattr(slipstream, f"{trainer}Trainer")(
+        model, reward_funcs=digits, args=args, train_dataset=train, eval_dataset=evaluate, peft_config=peft_config,
+        callbacks=callbacks,
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import resumable
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from slipstream.trainers.grpo import GRPOTrainer
 
@@ -22,6 +22,30 @@ REPLAYED = {
     "steps_per_generation": 4, "gradient_accumulation_steps": 1, "num_iterations": 2, "beta": 0.1, "logging_steps": 2,
     "per_device_train_batch_size": 8,
 }  # fmt: skip
+# Four steps an epoch, two a generation batch: the checkpoint of step 5 is in the middle of one, and between two logs,
+# in an epoch with values that neither the one before nor the one after it has.
+PAIRS = VLLM | {
+    "steps_per_generation": 2, "gradient_accumulation_steps": 1, "logging_steps": 2, "per_device_train_batch_size": 4,
+    "rows": 16, "beta": [0.1, 0.3, 0.05],
+}  # fmt: skip
+OTHERS = {
+    # Its KL is a part of the reward, so that the rest of the batch needs log-probabilities of an older policy.
+    "RLOO": VLLM | REPLAYED | {"steps_per_generation": 2, "beta": 0.05},
+    "OnlineDPO": PAIRS,
+    "NashMD": PAIRS | {"mixture_coef": [0.5, 0.25, 0.75]},
+    "XPO": PAIRS | {"alpha": [0.01, 0.03, 0.02]},
+}
+
+
+class Snapshot(TrainerCallback):
+    """Copies what a run has written once its first checkpoint is there: what it would leave if it stopped there."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def on_save(self, args, state, control, **kwargs):
+        if not self.target.exists():
+            shutil.copytree(args.output_dir, self.target)
 
 
 def weights(trainer):
@@ -60,6 +84,8 @@ def trained(model, folder, resume=None, **settings):
         pytest.param(VLLM | {"rows": 8, "eval_strategy": "steps", "eval_steps": 5}, id="in a later epoch"),
         # Five steps an epoch: the checkpoint is at its end. Dropout draws from the random state.
         pytest.param({"rows": 20, "adapter": True, "beta": 0.1, "eval_on_start": True}, id="transformers generates"),
+        # An engine that starts anew has neither the policy nor the reference of the one that was killed.
+        pytest.param({"trainer": "NashMD"} | OTHERS["NashMD"], id="a reference that vLLM samples from"),
     ],
 )
 def test_a_killed_run_continues_as_if_nothing_had_been(tiny_model, tmp_path, settings):
@@ -78,6 +104,29 @@ def test_a_killed_run_continues_as_if_nothing_had_been(tiny_model, tmp_path, set
     assert logged(whole.state.log_history) == logged(resumed.state.log_history)
     journals = [(tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "cut")]
     assert journals[0] == journals[1]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_trainers_continue_as_if_nothing_had_been(tiny_model, tmp_path, name):
+    settings = OTHERS[name] | {"trainer": name}
+    whole = trained(str(tiny_model), tmp_path / "whole", callbacks=[Snapshot(tmp_path / "cut")], **settings)
+    assert [entry.name for entry in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-5"]
+
+    resumed = trained(str(tiny_model), tmp_path / "cut", resume=True, **settings)
+
+    assert resumed.state.global_step == 10
+    assert torch.equal(weights(whole), weights(resumed))
+    assert not torch.equal(weights(resumed), weights(resumed.reference)), "something was learnt"
+    assert logged(whole.state.log_history) == logged(resumed.state.log_history)
+    journals = [(tmp_path / folder / "completions.jsonl").read_text() for folder in ("whole", "cut")]
+    assert journals[0] == journals[1]
+    assert resumed._reference_pushed == (name in ("NashMD", "XPO"))
+    # So that the equal logs are those of values that changed on both sides of the checkpoint.
+    for field in ("beta", "mixture_coef", "alpha"):
+        if isinstance(settings.get(field), list):
+            first, second, third = settings[field]
+            found = [entry[field] for entry in resumed.state.log_history if field in entry]
+            assert found == pytest.approx([first, first, second, second, third])
 
 
 class TestWithoutAKill:
