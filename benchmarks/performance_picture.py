@@ -9,12 +9,10 @@ and the bytes that must be read over its measured bandwidth.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from tables import ROOT, results
+
 BANDWIDTH = 4.3e12  # bytes a second of a copy on an H200, read and written ones counted
 # Qwen2-1.5B's shape: parameters, and bytes of keys and values of a token (28 layers, 2 heads of 128, bfloat16).
 PARAMETERS, CACHE = 1.54e9, 28 * 2 * 2 * 128 * 2
@@ -33,10 +31,6 @@ PASSES = {
 }
 
 
-def result(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
 def decode_floor(options: dict[str, Any], rate: float) -> float:
     """Milliseconds that a decode step of all sequences takes at least."""
     sequences = options["prompts"] * options["completions"]
@@ -52,7 +46,7 @@ def main() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    sampled, trained = result("generation_h200"), result("training_sweep_h200")
+    sampled, trained = results("generation_h200"), results("training_sweep_h200")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4))
     floor = decode_floor(sampled["options"], trained["matrix_flops_per_second"])
     bars(left, {STEPS[w]: sampled["ms_per_step"][w] for w in STEPS}, [floor] * len(STEPS), "{:.1f} ms")
