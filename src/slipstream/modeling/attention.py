@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from slipstream.modeling.short_segments import Batches, batches_of
 from slipstream.records import Segment
 
 NAME = "slipstream_packed"
@@ -87,6 +88,16 @@ class Layout:
             seen = torch.ones(queries, keys, dtype=torch.bool, device=self.device).tril(keys - queries)
             self._bands[key] = seen if window is None else seen.triu(keys - queries - window + 1)
         return self._bands[key]
+
+    @cached_property
+    def _batches(self) -> dict[int | None, Batches]:
+        return {}
+
+    def batches(self, window: int | None) -> Batches:
+        """Which segments attend together."""
+        if window not in self._batches:
+            self._batches[window] = batches_of(self.segments, window, self.device)
+        return self._batches[window]
 
     def _ends(self, lengths: Sequence[int]) -> Tensor:
         return torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32)
@@ -165,7 +176,7 @@ def _attend(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    attend = _flash if _has_flash(query, key, value) else _segment_by_segment
+    attend = _flash if _has_flash(query, key, value) else _short_together
     return attend(query, key, value, *attention_mask, scaling, dropout), None
 
 
@@ -206,23 +217,32 @@ def _flash(
     return attended.unsqueeze(0)
 
 
-def _segment_by_segment(
+def _short_together(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None, scale: float | None, dropout: float
 ) -> Tensor:
-    queries, keys, values = (x.split(layout.lengths, dim=2) for x in (query, key, value))
+    plan = layout.batches(window)
+    gqa = query.shape[1] != key.shape[1]
+    attend = nn.functional.scaled_dot_product_attention
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     attended = []
-    for i, segment in enumerate(layout.segments):
-        k, v = keys[i], values[i]
+    for batch in plan.batches:
+        indices = (batch.queries_SQ, batch.keys_SK, batch.keys_SK)
+        q, k, v = (
+            _gather(x, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+            for x, index in zip(rows, indices, strict=True)
+        )
+        done = attend(q, k, v, batch.seen_SQK.unsqueeze(1), dropout, scale=scale, enable_gqa=gqa)
+        attended.append(done.transpose(1, 2).flatten(0, 1))
+    parts = [x.split(layout.lengths, dim=2) for x in (query, key, value)] if plan.alone else []
+    for i in plan.alone:
+        segment = layout.segments[i]
+        q, k, v = (x[i] for x in parts)
         if segment.parent is not None:
-            k, v = torch.cat([keys[segment.parent], k], 2), torch.cat([values[segment.parent], v], 2)
+            k, v = (torch.cat([x[segment.parent], x[i]], 2) for x in parts[1:])
         plain = segment.parent is None and (window is None or window >= segment.length)
-        attended.append(
-            nn.functional.scaled_dot_product_attention(
-                queries[i], k, v, None if plain else layout.band(segment.length, k.shape[2], window), dropout, plain,
-                scale=scale, enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )  # fmt: skip
-    return torch.cat(attended, dim=2).transpose(1, 2)
+        band = None if plain else layout.band(segment.length, k.shape[2], window)
+        attended.append(attend(q, k, v, band, dropout, plain, scale=scale, enable_gqa=gqa)[0].transpose(0, 1))
+    return torch.cat(attended).index_select(0, plan.order_T).unsqueeze(0)
 
 
 class _Gather(torch.autograd.Function):
