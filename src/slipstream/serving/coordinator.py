@@ -118,7 +118,8 @@ class Coordinator:
             for replica in self._up():
                 try:
                     await self._settle(replica, give=replica not in failed)
-                except ReplicaLost:
+                except ReplicaLost as error:
+                    log.error("%s is started again: %s", replica.name, error)
                     replica.kill()
         if not replies:
             raise worst(failed) if failed else HTTPException(409, "every replica ended after begin: begin again")
@@ -221,7 +222,11 @@ class Coordinator:
             self._pushed[reference] = dataclasses.replace(pushed, file=None)
 
     async def _settle(self, replica: Replica, give: bool = True) -> None:
-        """Give a replica what it misses, where that is in shared memory, and note what it still misses."""
+        """Give a replica what it misses, where that is in shared memory, and note what it still misses.
+
+        Raises:
+            ReplicaLost: it does not answer, or cannot say what it holds.
+        """
         missed = [pushed for kind, pushed in self._pushed.items() if replica.holds.get(kind, 0) != pushed.number]
         for pushed in missed if give else ():
             if pushed.file is not None:

@@ -156,7 +156,7 @@ class Replica:
                     if self.socket.exists():
                         try:
                             await self.refresh(timeout)
-                        except (ReplicaLost, ReplicaRefused):  # it listens, and is not ready
+                        except ReplicaLost:  # it listens, and is not ready
                             pass
                         else:
                             return
@@ -166,8 +166,15 @@ class Replica:
         raise ReplicaLost("it ended while it started")
 
     async def refresh(self, timeout: float) -> wire.ReplicaReport:
-        """Ask for its report."""
-        self.report = self.known = await self.call("GET", "/info", None, wire.ReplicaReport, timeout)
+        """Ask for its report.
+
+        Raises:
+            ReplicaLost: there is none within `timeout` seconds, or an error in its place: nobody knows what it holds.
+        """
+        try:
+            self.report = self.known = await self.call("GET", "/info", None, wire.ReplicaReport, timeout)
+        except ReplicaRefused as error:
+            raise ReplicaLost(f"{self.name} cannot say what it holds: {error}") from error
         return self.report
 
     async def call(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastapi import HTTPException
 
-from slipstream.serving.asking import OTHERS, ReplicaLost, ReplicaRefused
+from slipstream.serving.asking import OTHERS, ReplicaLost
 from slipstream.serving.replica_process import Replica
 from slipstream.serving.settings import Settings
 
@@ -177,7 +177,11 @@ class Replicas:
             self._hopeless()
 
     async def _watch(self, replica: Replica) -> str:
-        """Wait until the process ends; why it did. One that does not answer counts as ended."""
+        """Wait until the process ends; why it did.
+
+        Raises:
+            ReplicaLost: it does not answer, or cannot say how it does, which counts as ended.
+        """
         assert replica.process is not None
         while True:
             try:
@@ -185,10 +189,9 @@ class Replicas:
                 return f"its process ended with code {code}"
             except TimeoutError:
                 state = replica.state
-                with contextlib.suppress(ReplicaRefused):
-                    await replica.refresh(HANG_SECONDS)
-                    if replica.missed is None:  # doubted: it may have missed an update meanwhile
-                        await self._bring_up(replica)
+                await replica.refresh(HANG_SECONDS)
+                if replica.missed is None:  # doubted: it may have missed an update meanwhile
+                    await self._bring_up(replica)
                 if replica.state != state:
                     self.changed()
 

@@ -1,0 +1,119 @@
+"""How a server coordinates an update, without an engine: what answers on its replicas' sockets is this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+import aiohttp
+import msgspec
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from slipstream.serving import replicas, wire
+from slipstream.serving.asking import ReplicaLost
+from slipstream.serving.coordinator import Coordinator
+from slipstream.serving.replica_process import Replica
+from slipstream.serving.settings import Settings
+
+REPORT = wire.ReplicaReport(
+    state="ready", version=0, running=0, devices=[], ranks=1, max_model_len=9, dtype="float32", vllm="0", platform="cpu"
+)
+SPECS = [wire.TensorSpec("weight", "float32", (4,))]
+
+
+class Acted:
+    """What answers in the place of a replica's process: it takes every update, until `info` is another status.
+
+    Attributes:
+        called: Path and message of every call but those for its report.
+    """
+
+    def __init__(self, replica):
+        self.replica, self.info, self.called = replica, 200, []
+
+    async def report(self, request):
+        if self.info != 200:
+            return JSONResponse({"detail": "the engine is confused"}, self.info)
+        return Response(wire.encode(REPORT), media_type=wire.MSGPACK)
+
+    async def take(self, request):
+        self.called.append((request.url.path, msgspec.msgpack.decode(await request.body())))
+        reply = wire.CommitReply(version=1, paused_seconds=0.0, update="an update")
+        return Response(wire.encode(reply), media_type=wire.MSGPACK)
+
+
+@contextlib.asynccontextmanager
+async def acting(count, folder):
+    """`count` replicas that are up, each with its `Acted` behind it. Their processes are sleeps."""
+    acted, servers, tasks = [], [], []
+    for index in range(count):
+        replica = Replica(index, folder, {}, {})
+        actor = Acted(replica)
+        routes = [Route("/info", actor.report), Route("/weights/{verb}", actor.take, methods=["POST"])]
+        config = uvicorn.Config(Starlette(routes=routes), uds=str(replica.socket), log_level="warning")
+        servers.append(uvicorn.Server(config))
+        tasks.append(asyncio.create_task(servers[-1].serve()))
+        replica.process = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
+        replica._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(replica.socket)))
+        acted.append(actor)
+    try:
+        async with asyncio.timeout(20):
+            while not all(server.started for server in servers):
+                await asyncio.sleep(0.01)
+        for actor in acted:
+            await actor.replica.refresh(5)
+            actor.replica.missed = ""
+        yield acted
+    finally:
+        for server in servers:
+            server.should_exit = True
+        await asyncio.gather(*(actor.replica.end() for actor in acted))
+        await asyncio.gather(*tasks)
+
+
+def coordinator(acted, timeout=5.0):
+    made = Coordinator(lambda: [actor.replica for actor in acted if actor.replica.up], None, timeout)
+    return contextlib.closing(made)
+
+
+async def begun(coordinator, version=1, **options):
+    """The number of a transaction that is open now."""
+    return (await coordinator.begin(wire.BeginMessage(version=version, tensors=SPECS, **options))).transaction
+
+
+def test_a_replica_that_cannot_say_what_it_holds_does_not_undo_an_update(tmp_path, caplog):
+    """The others serve the new weights: the trainer is told so, and the confused one is started again."""
+
+    async def run():
+        async with acting(2, tmp_path) as acted:
+            with coordinator(acted) as weights:
+                number = await begun(weights)
+                acted[1].info = 500
+                with caplog.at_level(logging.ERROR):
+                    reply = await weights.commit(wire.CommitMessage(transaction=number, checksums=[0]))
+                assert (reply.version, weights.version) == (1, 1)
+                assert [actor.replica.state for actor in acted] == ["ready", "starting"]
+                assert await asyncio.wait_for(acted[1].replica.process.wait(), 5) != 0
+                assert "replica 1" in caplog.text
+                assert "the engine is confused" in caplog.text
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_cannot_say_how_it_does_counts_as_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(replicas, "WATCH_SECONDS", 0.05)
+
+    async def run():
+        watching = replicas.Replicas(Settings(model="m"), None, None, None)
+        async with acting(1, tmp_path) as [actor]:
+            actor.info = 500
+            with pytest.raises(ReplicaLost, match="replica 0 cannot say what it holds: the engine is confused"):
+                await asyncio.wait_for(watching._watch(actor.replica), 10)
+        await watching.stop()
+
+    asyncio.run(run())
