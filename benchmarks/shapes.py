@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -29,6 +30,10 @@ SHAPES: dict[str, PretrainedConfig] = {
         vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
         num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
     ),
+    "qwen2-7b": Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=False,
+    ),
 }  # fmt: skip
 
 
@@ -39,7 +44,7 @@ def save(shape: str, folder: Path, dtype: torch.dtype, *, end_every: float | Non
         end_every: How many tokens a completion has on average, if nothing cuts it off: random weights sample nearly
             uniformly, so as many tokens of the vocabulary end one as makes that. None: the tokenizer's alone.
     """
-    config = SHAPES[shape]
+    config = copy.deepcopy(SHAPES[shape])
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, tokenizer.eos_token_id, tokenizer.pad_token_id
     torch.manual_seed(0)
@@ -51,10 +56,26 @@ def save(shape: str, folder: Path, dtype: torch.dtype, *, end_every: float | Non
         ends = [ends, *range(last - round(last / end_every), last)]
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(folder, config.vocab_size)
+    return folder
+
+
+def save_config(shape: str, folder: Path) -> PretrainedConfig:
+    """Save a model without weights, for engines that are told to make them up."""
+    config = copy.deepcopy(SHAPES[shape])
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, tokenizer.eos_token_id, tokenizer.pad_token_id
+    config.architectures = ["Qwen2ForCausalLM" if isinstance(config, Qwen2Config) else "LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    save_tokenizer(folder, config.vocab_size)
+    return config
+
+
+def save_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Save the quickstart's tokenizer with further tokens."""
+    AutoTokenizer.from_pretrained(QUICKSTART).save_pretrained(folder)
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
     vocabulary = content["model"]["vocab"]
-    vocabulary |= {f"w{i} ": i for i in range(len(vocabulary), config.vocab_size)}
+    vocabulary |= {f"w{i} ": i for i in range(len(vocabulary), vocab_size)}
     path.write_text(json.dumps(content))
-    return folder
