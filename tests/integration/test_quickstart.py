@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -73,3 +76,24 @@ def test_the_saved_model_answers_alike_in_transformers_and_vllm(run):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"IDS {answer}" in done.stdout
+
+
+def test_with_a_server_nothing_is_left_when_it_is_told_to_end(tmp_path):
+    command = [sys.executable, "examples/quickstart/with_server.py", "--output_dir", str(tmp_path)]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started = []
+    try:
+        deadline = time.monotonic() + 60
+        while len(started) < 3:  # the server, its replica, the trainer
+            assert running.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)  # between two looks at other processes
+            started = psutil.Process(running.pid).children(recursive=True)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == 128 + signal.SIGTERM
+        assert not psutil.wait_procs(started, timeout=5)[1]
+    finally:
+        running.kill()
+        for process in started:
+            if process.is_running():
+                process.kill()
