@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 
 import aiohttp
+import msgspec
 import pytest
 import uvicorn
+from fastapi import HTTPException
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
 from slipstream.serving import replicas, wire
 from slipstream.serving.asking import ReplicaLost
+from slipstream.serving.communicator import Communicator
 from slipstream.serving.replica_process import Replica
 from slipstream.serving.settings import Settings
+from slipstream.serving.store import Store
 from slipstream.serving.streaming import StreamedResponse
 
 REPORT = wire.ReplicaReport(
@@ -111,3 +115,20 @@ def test_a_client_that_takes_no_more_is_given_up():
     asyncio.run(run())
     assert [event.get("body") for event in taken] == [None, b"x", b"x"]
     assert ended == ["pieces"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [(["0a1b"], "replica 0: trainer and server are on the same accelerator: 0a1b"), ([], "needs accelerators")],
+)
+def test_a_group_that_cannot_be_is_refused_before_a_replica_is_told(tmp_path, devices, message):
+    async def run():
+        replica = Replica(0, tmp_path, {}, {})  # without a process: who asks it gets ReplicaLost
+        replica.report, replica.missed = msgspec.structs.replace(REPORT, devices=devices), ""
+        made = Communicator(Store(), "http://127.0.0.1:1", "key", 5)
+        with pytest.raises(HTTPException, match=message):
+            await made.connect(wire.CommunicatorMessage(backend="nccl", devices=["GPU-0A1B"], timeout=5), [replica])
+        with pytest.raises(HTTPException, match="make one by POST /communicator"):
+            made.members([replica])
+
+    asyncio.run(run())
