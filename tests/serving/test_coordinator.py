@@ -10,11 +10,12 @@ import aiohttp
 import msgspec
 import pytest
 import uvicorn
+from fastapi import HTTPException
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from slipstream.serving import replicas, wire
+from slipstream.serving import replicas, transaction, wire
 from slipstream.serving.asking import ReplicaLost
 from slipstream.serving.coordinator import Coordinator
 from slipstream.serving.replica_process import Replica
@@ -76,7 +77,10 @@ async def acting(count, folder):
         await asyncio.gather(*tasks)
 
 
-def coordinator(acted, timeout=5.0):
+TIMEOUT = 5.0
+
+
+def coordinator(acted, timeout=TIMEOUT):
     made = Coordinator(lambda: [actor.replica for actor in acted if actor.replica.up], None, timeout)
     return contextlib.closing(made)
 
@@ -115,5 +119,50 @@ def test_a_replica_that_cannot_say_how_it_does_counts_as_ended(tmp_path, monkeyp
             with pytest.raises(ReplicaLost, match="replica 0 cannot say what it holds: the engine is confused"):
                 await asyncio.wait_for(watching._watch(actor.replica), 10)
         await watching.stop()
+
+    asyncio.run(run())
+
+
+def test_a_trainer_that_sends_for_long_is_not_silent(tmp_path, monkeypatch):
+    monkeypatch.setattr(transaction, "SILENT_SECONDS", 0.5)
+
+    async def run():
+        async with acting(1, tmp_path) as acted:
+            with coordinator(acted, timeout=1.0) as weights:
+                watching = asyncio.create_task(weights.watch())
+                number = await begun(weights)
+                for _ in range(15):
+                    await asyncio.sleep(0.1)  # weights travel
+                    weights.progress(number)
+                with pytest.raises(HTTPException) as refused:
+                    await begun(weights, version=2)
+                assert refused.value.status_code == 423
+                async with asyncio.timeout(10):
+                    while weights.transaction is not None:  # it has stopped to send
+                        await asyncio.sleep(0.02)
+                with pytest.raises(HTTPException, match="it was ended, or replaced by another") as refused:
+                    weights.progress(number)
+                assert refused.value.status_code == 409
+                watching.cancel()
+
+    asyncio.run(run())
+
+
+def test_replicas_know_how_long_the_server_waits_for_them(tmp_path):
+    async def run():
+        async with acting(1, tmp_path) as [actor]:
+            with coordinator([actor]) as weights:
+                number = await begun(weights)
+                await weights.commit(wire.CommitMessage(transaction=number, checksums=[0]))
+                await actor.replica.end()
+                actor.replica.holds, actor.replica.missed = {}, None  # as one that was started again
+                actor.replica._session = aiohttp.ClientSession(
+                    connector=aiohttp.UnixConnector(str(actor.replica.socket))
+                )
+                await weights.bring_up(actor.replica)
+                assert actor.replica.state == "ready"
+        commits = [message["timeout"] for path, message in actor.called if path == "/weights/commit"]
+        assert commits[0] == TIMEOUT
+        assert TIMEOUT - 2 < commits[1] < TIMEOUT  # less what its begin has taken
 
     asyncio.run(run())

@@ -60,6 +60,7 @@ def test_routes_do_what_they_say(server, mode):
         assert tried == {
             "GET /health", "GET /server_info", "POST /generate", "POST /reset_prefix_cache", "POST /communicator",
             "DELETE /communicator", "POST /weights/begin", "POST /weights/commit", "POST /weights/abort",
+            "POST /weights/progress",
         }  # fmt: skip
     else:
         assert {"POST /generate", "POST /weights/begin"} <= tried
@@ -80,7 +81,8 @@ ANYTHING = st.recursive(
 )
 ROUTES = {
     "/generate": wire.GenerateMessage, "/weights/begin": wire.BeginMessage, "/weights/commit": wire.CommitMessage,
-    "/weights/abort": wire.AbortMessage, "/communicator": wire.CommunicatorMessage,
+    "/weights/abort": wire.AbortMessage, "/weights/progress": wire.ProgressMessage,
+    "/communicator": wire.CommunicatorMessage,
 }  # fmt: skip
 NAMES = sorted({name for kind in (*ROUTES.values(), wire.PromptMessage, wire.SamplingMessage, wire.TensorSpec)
                 for name in kind.__struct_fields__})  # fmt: skip

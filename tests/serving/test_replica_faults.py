@@ -53,7 +53,7 @@ class Parts:
             await self.weights.begin(order)
             with Writer(path, nonce, OFFSET, specs) as writer:
                 checksums = writer.write(tensors)
-            return await self.weights.commit(wire.CommitMessage(transaction=version, checksums=checksums))
+            return await self.weights.commit(wire.ReplicaCommit(transaction=version, checksums=checksums))
 
     async def sampling(self):
         """Wait until something is sampled."""
@@ -174,6 +174,42 @@ def test_failures_in_the_order_of_their_severity(parts, tiny_model, monkeypatch)
         assert parts.engine.errored
 
     asyncio.run(all_of_them())
+
+
+class Slow:
+    """An engine whose workers wait for tensors, or whose requests do not end. It does not need vLLM's."""
+
+    def __init__(self, arrived):
+        self.arrived, self.resumed = arrived, 0
+
+    async def collective_rpc(self, method, args):
+        return [("ok", self.arrived if args[0] == "arrived" else None)]
+
+    async def pause_generation(self, mode, clear_cache):
+        await asyncio.Event().wait()
+
+    async def resume_generation(self):
+        self.resumed += 1
+
+
+@pytest.mark.parametrize(
+    ("arrived", "reason"), [(False, "the tensors have not all arrived"), (True, "running requests have not ended")]
+)
+def test_a_commit_gives_up_before_nobody_waits_for_its_answer(arrived, reason):
+    """Who waits kills the replica then, and could not say what it had waited for."""
+    from slipstream.serving.replica_weights import Refused, Weights
+
+    async def run():
+        engine = Slow(arrived)
+        weights = Weights(engine, None, False)
+        begin = wire.BeginMessage(version=1, tensors=[], mode="wait")
+        await weights.begin(wire.ReplicaBegin(transaction=1, update="an update", begin=begin))
+        with pytest.raises(Refused, match=rf"{reason} within 0\.8 s, of 1 s .*--update-timeout") as refused:
+            await asyncio.wait_for(weights.commit(wire.ReplicaCommit(transaction=1, checksums=[], timeout=1.0)), 1.0)
+        assert refused.value.status == 409
+        assert (weights.version, engine.resumed) == (0, int(arrived))
+
+    asyncio.run(run())
 
 
 def test_an_engine_that_cannot_start_says_why(tiny_model):

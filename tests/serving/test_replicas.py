@@ -108,6 +108,23 @@ def test_weights_reach_both(server, tiny_model):
         assert completion.ids == calls.greedy(model, PROMPTS[prompt], 16)
 
 
+def test_a_push_may_take_longer_than_a_silence(server, tiny_model):
+    """Both ways of the weights lead past the server, to which a trainer that sends for long would look dead."""
+    _, tensors = calls.weights(tiny_model, 6)
+
+    def slowly():
+        for name, tensor in tensors:
+            time.sleep((IDLE_SECONDS + 2) / len(tensors))  # gathers it
+            yield name, tensor
+
+    with VLLMClient(base_url=server.url, api_key=server.key) as client:
+        for version, transport in ((4, "group"), (5, "shared_memory")):
+            client.init_communicator("cpu", transport)
+            client.update_weights(version, slowly(), specs=calls.specs_of(tensors))
+            assert [replica.version for replica in calls.info(server).replicas] == [version, version]
+        client.close_communicator()
+
+
 def test_a_replica_that_dies_costs_no_completion_and_no_update(server, tiny_model):
     expected = generate(server, ragged(server))
     model, tensors = calls.weights(tiny_model, 2)

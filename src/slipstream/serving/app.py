@@ -29,7 +29,7 @@ from slipstream.version import __version__
 
 MESSAGES: list[type[msgspec.Struct]] = [
     wire.GenerateMessage, wire.ServerInfo, wire.CommunicatorMessage, wire.CommunicatorReply, wire.BeginMessage,
-    wire.BeginReply, wire.CommitMessage, wire.CommitReply, wire.AbortMessage,
+    wire.BeginReply, wire.ProgressMessage, wire.CommitMessage, wire.CommitReply, wire.AbortMessage,
 ]  # fmt: skip
 
 
@@ -106,6 +106,7 @@ class Server:
             replicas=[replica.info for replica in self.replicas.all],
             transaction=transaction.number if transaction is not None else None,
             reference=self.settings.reference,
+            update_timeout=self.settings.update_timeout,
         )
         return _reply(request, info)
 
@@ -147,6 +148,11 @@ class Server:
             offset += len(data)
         return JSONResponse({})
 
+    async def progress(self, request: Request) -> Response:
+        """Say that weights are on their way where the server does not see them. Silent updates make way for others."""
+        self.coordinator.progress((await read_message(request, wire.ProgressMessage)).transaction)
+        return JSONResponse({})
+
     async def commit(self, request: Request) -> Response:
         """Load the weights that were sent. Until then, and if it fails, the old ones serve."""
         return _reply(request, await self.coordinator.commit(await read_message(request, wire.CommitMessage)))
@@ -180,6 +186,7 @@ def make_app(server: Server, key: str) -> Any:
         ),
         ("DELETE", "/communicator", server.disconnect, described()),
         ("POST", "/weights/begin", server.begin, described(wire.BeginMessage, wire.BeginReply, *weights, 423, 507)),
+        ("POST", "/weights/progress", server.progress, described(wire.ProgressMessage, None, 409)),
         ("POST", "/weights/commit", server.commit, described(wire.CommitMessage, wire.CommitReply, *weights)),
         ("POST", "/weights/abort", server.abort, described(wire.AbortMessage)),
     ):  # fmt: skip

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import itertools
 import logging
 from collections.abc import Callable
 
 from fastapi import HTTPException
 
 from slipstream.serving import wire
-from slipstream.serving.asking import ReplicaLost, ReplicaRefused, ask_all, worst
+from slipstream.serving.asking import ReplicaLost, ask_all, worst
 from slipstream.serving.communicator import Communicator
+from slipstream.serving.pushes import Pushed, Pushes, order
 from slipstream.serving.replica_process import Replica
-from slipstream.serving.shared_file import OFFSET, SharedFile, SharedFiles
-from slipstream.serving.transaction import SILENT_SECONDS, Pushed, Transaction, check_begin
+from slipstream.serving.shared_file import OFFSET, SharedFiles
+from slipstream.serving.transaction import SILENT_SECONDS, Transaction, check_begin
 
 log = logging.getLogger("slipstream")
 
@@ -41,8 +42,8 @@ class Coordinator:
         self._up = up
         self._communicator = communicator
         self._timeout = timeout
-        self._last_number = 0
-        self._pushed: dict[bool, Pushed] = {}
+        self._numbers = itertools.count(1)
+        self._pushes = Pushes(self._numbers)
         self._files = SharedFiles()
         self._lock = asyncio.Lock()  # one exchange with the replicas at a time
 
@@ -61,15 +62,15 @@ class Coordinator:
             if not members:
                 raise HTTPException(503, "no replica is up to take weights")
             file = None if grouped else self._files.choose(message.reference, size)
-            number = self._number()
+            number = next(self._numbers)
             self.transaction = Transaction(number, message, {r: r.incarnation for r in members}, file)
             try:
-                order = _order(number, self.transaction.update, message, file)
-                _, failed = await ask_all(members, "/weights/begin", order, self._timeout)
+                told = order(number, self.transaction.update, message, file)
+                _, failed = await ask_all(members, "/weights/begin", told, self._timeout)
                 if failed:
                     raise worst(failed)
                 if file is not None:
-                    self._forget_file(message.reference)
+                    self._pushes.forget_file(message.reference)
                     await self._files.use(message.reference, file)
             except BaseException:
                 await self._drop(self.transaction)
@@ -94,6 +95,14 @@ class Coordinator:
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
 
+    def progress(self, number: int) -> None:
+        """A transaction's trainer sends its weights, where the server does not see them.
+
+        Raises:
+            HTTPException: 409, no such transaction is open.
+        """
+        self.opened(number).heard_now()
+
     async def commit(self, message: wire.CommitMessage) -> wire.CommitReply:
         """Let the replicas load what was sent, all at the same time.
 
@@ -104,10 +113,13 @@ class Coordinator:
             transaction = self.opened(message.transaction)
             begin, members = transaction.begin, transaction.present()
             self.transaction = None  # nothing can be written to it any more
-            replies, failed = await ask_all(members, "/weights/commit", message, self._timeout, wire.CommitReply)
+            told = wire.ReplicaCommit(
+                transaction=transaction.number, checksums=message.checksums, timeout=self._timeout
+            )
+            replies, failed = await ask_all(members, "/weights/commit", told, self._timeout, wire.CommitReply)
             if replies:
-                self._pushed[begin.reference] = Pushed(
-                    transaction.number, transaction.update, begin, message.checksums, transaction.file
+                self._pushes.note(
+                    Pushed(transaction.number, transaction.update, begin, message.checksums, transaction.file)
                 )
                 if not begin.reference:
                     self.version = begin.version
@@ -115,12 +127,8 @@ class Coordinator:
                 replica.holds[begin.reference] = transaction.number
             for replica, error in failed.items():
                 log.error("%s has not taken version %d: %s", replica.name, begin.version, error)
-            for replica in self._up():
-                try:
-                    await self._settle(replica, give=replica not in failed)
-                except ReplicaLost as error:
-                    log.error("%s is started again: %s", replica.name, error)
-                    replica.kill()
+            # All at the same time, so that the trainer's deadline holds.
+            await asyncio.gather(*(self._settle(replica, give=replica not in failed) for replica in self._up()))
         if not replies:
             raise worst(failed) if failed else HTTPException(409, "every replica ended after begin: begin again")
         paused = max(reply.paused_seconds for reply in replies.values())
@@ -165,7 +173,7 @@ class Coordinator:
             ReplicaLost: it has died.
         """
         async with self._lock:
-            await self._settle(replica)
+            await self._pushes.settle(replica, self._timeout)
 
     async def lost(self, replica: Replica) -> None:
         """A replica has died: if no other has begun the open transaction, it is over."""
@@ -211,46 +219,10 @@ class Coordinator:
         if transaction.file is not None:
             self._files.release(transaction.begin.reference, transaction.file)
 
-    def _number(self) -> int:
-        self._last_number += 1
-        return self._last_number
-
-    def _forget_file(self, reference: bool) -> None:
-        """From here on the last update is not in shared memory any more."""
-        pushed = self._pushed.get(reference)
-        if pushed is not None:
-            self._pushed[reference] = dataclasses.replace(pushed, file=None)
-
-    async def _settle(self, replica: Replica, give: bool = True) -> None:
-        """Give a replica what it misses, where that is in shared memory, and note what it still misses.
-
-        Raises:
-            ReplicaLost: it does not answer, or cannot say what it holds.
-        """
-        missed = [pushed for kind, pushed in self._pushed.items() if replica.holds.get(kind, 0) != pushed.number]
-        for pushed in missed if give else ():
-            if pushed.file is not None:
-                try:
-                    await self._give(replica, pushed)
-                except ReplicaRefused as error:
-                    log.error("%s cannot be given version %d: %s", replica.name, pushed.begin.version, error)
-        await replica.refresh(self._timeout)
-        replica.missed = ", ".join(
-            f"it has not got version {pushed.begin.version} of the {'reference' if kind else 'policy'}'s weights"
-            for kind, pushed in self._pushed.items()
-            if replica.holds.get(kind, 0) != pushed.number
-        )
-
-    async def _give(self, replica: Replica, pushed: Pushed) -> None:
-        number = self._number()
-        order = _order(number, pushed.update, pushed.begin, pushed.file)
-        await replica.call("POST", "/weights/begin", order, None, self._timeout)
-        commit = wire.CommitMessage(transaction=number, checksums=pushed.checksums)
-        await replica.call("POST", "/weights/commit", commit, wire.CommitReply, self._timeout)
-        replica.holds[pushed.begin.reference] = pushed.number
-
-
-def _order(number: int, update: str, begin: wire.BeginMessage, file: SharedFile | None) -> wire.ReplicaBegin:
-    """What replicas are told of a transaction."""
-    path = str(file.path) if file else ""
-    return wire.ReplicaBegin(transaction=number, update=update, begin=begin, path=path, offset=OFFSET)
+    async def _settle(self, replica: Replica, give: bool) -> None:
+        """Give a replica what it misses; one that cannot say what it holds then is started again."""
+        try:
+            await self._pushes.settle(replica, self._timeout, give)
+        except ReplicaLost as error:
+            log.error("%s is started again: %s", replica.name, error)
+            replica.kill()

@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from slipstream.serving import wire
-from slipstream.serving.connection import Connection, ServerError
+from slipstream.serving.connection import CALL_SECONDS, Connection, ServerError
 from slipstream.serving.devices import check_devices_apart, uuid_of
 from slipstream.weights.transports import group
 
@@ -18,6 +18,15 @@ TAKEOVER_SECONDS = 30.0  # to wait for it; the server gives up a silent one afte
 JOIN_SECONDS = 60.0  # in which the workers must have come to a process group
 
 M = TypeVar("M", bound=msgspec.Struct)
+
+
+def patience(info: wire.ServerInfo) -> float:
+    """Seconds to wait for the server's answer about an update.
+
+    Longer than it can take: it gives its replicas their time for a step, and again for what follows from it. Its error
+    says more than this side's deadline could.
+    """
+    return 2 * info.update_timeout + CALL_SECONDS
 
 
 def ask_in_turn(connection: Connection, path: str, message: msgspec.Struct, kind: type[M], timeout: float) -> M:
@@ -53,7 +62,7 @@ def make_group(connection: Connection, device: torch.device, info: wire.ServerIn
     backend, devices = ("nccl", [uuid_of(device)]) if nccl else ("gloo", [])
     check_devices_apart(devices, [uuid for replica in info.replicas for uuid in replica.devices])
     message = wire.CommunicatorMessage(backend=backend, devices=devices, timeout=timeout)
-    reply = ask_in_turn(connection, "/communicator", message, wire.CommunicatorReply, timeout)
+    reply = ask_in_turn(connection, "/communicator", message, wire.CommunicatorReply, patience(info))
     try:
         _check_size(reply.world_size, connection.get("/server_info", wire.ServerInfo))
         store = group.HttpStore(connection.url, connection.key or "", reply.group, JOIN_SECONDS)

@@ -133,7 +133,7 @@ class Replica:
         return Response()
 
     async def commit(self, request: Request) -> Response:
-        return _message(await self._weights.commit(await _body(request, wire.CommitMessage)))
+        return _message(await self._weights.commit(await _body(request, wire.ReplicaCommit)))
 
     async def abort(self, request: Request) -> Response:
         await self._weights.abort(await _body(request, wire.AbortMessage))

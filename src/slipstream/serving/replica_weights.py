@@ -16,8 +16,9 @@ from slipstream.vllm_compat.mixture import POLICY, REFERENCE
 from slipstream.weights.layout import layout
 
 logger = logging.getLogger(__name__)
-_STAGING_SECONDS = 240.0  # for all tensors to arrive after the sender has sent them
-_DRAIN_SECONDS = 240.0  # for running requests to end, where the update waits for them
+# Of a commit's time, for tensors to arrive and for running requests to end, where it waits for them. The rest is for
+# loading: who waits for the answer kills a replica that gives none.
+_SHARE = 0.8
 _SHORTEST_LOOK, _LONGEST_LOOK = 0.002, 0.05  # seconds between two looks whether they have arrived
 
 
@@ -27,6 +28,22 @@ class Refused(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+class Patience:
+    """How long a commit waits for others: less than the `timeout` seconds for which its own answer is waited for."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout, self._seconds = timeout, _SHARE * timeout
+        self._deadline = time.monotonic() + self._seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until it ends; below 0 afterwards."""
+        return self._deadline - time.monotonic()
+
+    def __str__(self) -> str:
+        return f"within {self._seconds:g} s, of {self._timeout:g} s that an update has (--update-timeout)"
 
 
 class Weights:
@@ -92,18 +109,19 @@ class Weights:
                 await self.call("receive")
             self._open = message
 
-    async def commit(self, message: wire.CommitMessage) -> wire.CommitReply:
+    async def commit(self, message: wire.ReplicaCommit) -> wire.CommitReply:
         """Make the staged weights those that serve.
 
         Raises:
-            Refused: they are not what was sent, or the transaction is not open; the old ones serve. With status 500:
-                loading failed half way, and none serve, or no reference does.
+            Refused: they are not what was sent, have not come in time, or the transaction is not open; the old ones
+                serve. With status 500: loading failed half way, and none serve, or no reference does.
         """
+        patience = Patience(message.timeout)
         async with self._lock:
             transaction = self._transaction(message.transaction)
             try:
-                await self._staged(transaction, message.checksums)
-                return await self._switch(transaction)
+                await self._staged(transaction, message.checksums, patience)
+                return await self._switch(transaction, patience)
             finally:
                 self._open = None
                 await self.call("abort")
@@ -147,22 +165,26 @@ class Weights:
             raise Refused(409, f"transaction {number} is not open: {found}; begin again")
         return self._open
 
-    async def _staged(self, transaction: wire.ReplicaBegin, checksums: list[int]) -> None:
+    async def _staged(self, transaction: wire.ReplicaBegin, checksums: list[int], patience: Patience) -> None:
         """Wait until every worker has all tensors, and has found them to be those that were sent."""
         if transaction.begin.transport != "group":
             await self.call("read", transaction.path, transaction.offset)
-        deadline = time.monotonic() + _STAGING_SECONDS
         look = _SHORTEST_LOOK
         while not all(await self.call("arrived", checksums)):
-            if time.monotonic() > deadline:
-                raise Refused(400, f"the tensors have not all arrived within {_STAGING_SECONDS:g} s")
+            if patience.left <= 0:
+                raise Refused(409, f"the tensors have not all arrived {patience}")
             await asyncio.sleep(look)
             look = min(2 * look, _LONGEST_LOOK)
 
-    async def _switch(self, transaction: wire.ReplicaBegin) -> wire.CommitReply:
+    async def _switch(self, transaction: wire.ReplicaBegin, patience: Patience) -> wire.CommitReply:
         begin, stopped = transaction.begin, time.perf_counter()
         try:
-            await asyncio.wait_for(self._engine.pause_generation(mode=begin.mode, clear_cache=True), _DRAIN_SECONDS)
+            try:
+                await asyncio.wait_for(
+                    self._engine.pause_generation(mode=begin.mode, clear_cache=True), max(0.0, patience.left)
+                )
+            except TimeoutError:
+                raise Refused(409, f"running requests have not ended {patience}") from None
             if begin.mode == "wait":
                 stopped = time.perf_counter()  # until here, requests went on
             try:
@@ -179,8 +201,6 @@ class Weights:
             else:
                 self.version, self.update, self.stale = begin.version, transaction.update, ""
                 self._generation.switched(begin.version)
-        except TimeoutError:
-            raise Refused(409, f"running requests have not ended within {_DRAIN_SECONDS:g} s") from None
         finally:
             await self._engine.resume_generation()
         serves = begin.version if self.version is None else self.version

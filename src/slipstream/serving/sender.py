@@ -17,7 +17,8 @@ from slipstream.checks import one_of
 from slipstream.generation.engine import SyncReport
 from slipstream.serving import wire
 from slipstream.serving.connection import Connection, RefusedError, ServerError
-from slipstream.serving.joining import ask_in_turn, make_group
+from slipstream.serving.joining import ask_in_turn, make_group, patience
+from slipstream.serving.life_signs import LifeSigns
 from slipstream.serving.wire import TensorSpec
 from slipstream.weights.buckets import Packer, specs_of
 from slipstream.weights.layout import ITEM_BYTES, bytes_of, unsendable
@@ -26,7 +27,7 @@ from slipstream.weights.transports import group
 from slipstream.weights.transports.shared_memory import Mapping, NotSharedError, Writer
 
 BODY_BYTES = 32 << 20  # of one HTTP request
-STEP_SECONDS = 300.0  # that a step of an update may take
+STEP_SECONDS = 300.0  # that a step of an exchange between members of a group, or one HTTP body, may take
 CONFLICT = 409  # status: the process group is not of all replicas
 
 Tensors = Iterable[tuple[str, Tensor]]
@@ -43,6 +44,7 @@ class Sender:
         self._connection = connection
         self._device: torch.device | None = None
         self._transport = ""
+        self._patience = STEP_SECONDS  # for the server's answers; it says how long it may take
         self._chosen = False  # whether the transport was asked for, so that no other may take its place
         self._dtype = ""
         self._group: group.Group | None = None
@@ -68,7 +70,7 @@ class Sender:
         with self._lock:
             self._disconnect()
             info = self._connection.get("/server_info", wire.ServerInfo)
-            self._device, self._dtype = torch.device(device), info.dtype
+            self._device, self._dtype, self._patience = torch.device(device), info.dtype, patience(info)
             self._chosen = transport is not None
             accelerators = self._device.type == info.platform == "cuda"
             self._transport = transport or ("group" if accelerators else "shared_memory")
@@ -103,7 +105,7 @@ class Sender:
             transaction, send = self._begin(message)
             with self._aborting(transaction, version), _refused():
                 commit = wire.CommitMessage(transaction=transaction, checksums=send(tensors))
-                reply = self._connection.post("/weights/commit", commit, wire.CommitReply, timeout=2 * STEP_SECONDS)
+                reply = self._connection.post("/weights/commit", commit, wire.CommitReply, timeout=self._patience)
             nbytes, seconds = sum(map(bytes_of, specs)), time.perf_counter() - begin
             return SyncReport(version, nbytes, len(specs), seconds, reply.paused_seconds, reply.update)
 
@@ -129,21 +131,23 @@ class Sender:
         specs = message.tensors
         try:
             with _refused():
-                reply = ask_in_turn(self._connection, "/weights/begin", message, wire.BeginReply, STEP_SECONDS)
+                reply = ask_in_turn(self._connection, "/weights/begin", message, wire.BeginReply, self._patience)
         except ServerError as error:
             if message.transport != "group" or error.status != CONFLICT:
                 raise
             self._disconnect()  # a replica ended, or came up, after the group was made
             self._make_group(self._connection.get("/server_info", wire.ServerInfo))
             with _refused():
-                reply = ask_in_turn(self._connection, "/weights/begin", message, wire.BeginReply, STEP_SECONDS)
+                reply = ask_in_turn(self._connection, "/weights/begin", message, wire.BeginReply, self._patience)
+        alive = LifeSigns(self._connection, reply.transaction)
         if message.transport == "group":
-            return reply.transaction, lambda tensors: group.send(self._joined(), specs, tensors)
+            return reply.transaction, lambda tensors: group.send(self._joined(), specs, alive.beside(tensors), alive)
         if message.transport == "body":
-            return reply.transaction, lambda tensors: self._send_body(reply.transaction, specs, tensors)
+            return reply.transaction, lambda tensors: self._send_body(reply.transaction, specs, alive.beside(tensors))
         try:
             with self._aborting(reply.transaction, message.version):
-                return reply.transaction, self._writer(reply, specs).write
+                writer = self._writer(reply, specs)
+            return reply.transaction, lambda tensors: writer.write(alive.beside(tensors))
         except NotSharedError as error:
             if self._chosen:
                 raise WeightUpdateError(
@@ -212,7 +216,7 @@ class Sender:
     def _disconnect(self) -> None:
         if self._group is not None:
             self._leave()  # first: workers that wait for this rank are told by its connections
-            self._connection.call("DELETE", "/communicator", timeout=STEP_SECONDS)
+            self._connection.call("DELETE", "/communicator", timeout=self._patience)
 
 
 @contextlib.contextmanager

@@ -55,17 +55,6 @@ class Transaction:
         return [replica for replica, started in self.members.items() if replica.is_still(started)]
 
 
-@dataclass(frozen=True)
-class Pushed:
-    """Weights that were committed by transaction `number`. `file` is where they still are, or None."""
-
-    number: int
-    update: str
-    begin: wire.BeginMessage
-    checksums: list[int]
-    file: SharedFile | None
-
-
 def check_begin(message: wire.BeginMessage) -> int:
     """Bytes that the announced tensors need.
 

@@ -144,6 +144,12 @@ class CommitMessage(Message):
     checksums: list[int]
 
 
+class ProgressMessage(Message):
+    """Body of `POST /weights/progress`: weights of this update are on their way, where the server does not see them."""
+
+    transaction: int
+
+
 class CommitReply(Message):
     """What a commit did: the version that serves now, and for how many seconds generation was stopped.
 
@@ -224,6 +230,18 @@ class ReplicaBegin(Message):
     offset: int = 0
 
 
+class ReplicaCommit(Message):
+    """`POST /weights/commit` to a replica.
+
+    Attributes:
+        timeout: Seconds after which nobody waits for the answer any more.
+    """
+
+    transaction: int
+    checksums: list[int]
+    timeout: float = 300.0
+
+
 class ReplicaCommunicator(Message):
     """`POST /communicator` to a replica: its workers become ranks `first_rank`, `first_rank + 1`, ... of the group.
 
@@ -257,7 +275,12 @@ class ReplicaInfo(Message):
 
 
 class ServerInfo(Message):
-    """Answer of `GET /server_info`."""
+    """Answer of `GET /server_info`.
+
+    Attributes:
+        transaction: The update that is under way.
+        update_timeout: Seconds that the server gives its replicas for a step of an update.
+    """
 
     slipstream: str
     vllm: str
@@ -271,6 +294,7 @@ class ServerInfo(Message):
     replicas: list[ReplicaInfo] = []
     transaction: int | None = None
     reference: bool = False
+    update_timeout: float = 300.0
 
 
 M = TypeVar("M", bound=msgspec.Struct)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -88,8 +88,16 @@ def join(
     return group
 
 
-def send(group: Group, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> list[int]:
+def send(
+    group: Group,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    progress: Callable[[], None] = lambda: None,
+) -> list[int]:
     """Broadcast `tensors` from rank 0, cast to the types of `specs`. Returns a checksum each.
+
+    Args:
+        progress: Called for each bucket that is sent.
 
     Raises:
         GroupError: a worker did not take its part within the group's timeout.
@@ -111,6 +119,7 @@ def send(group: Group, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str,
     for bucket in packer:
         with waiting:
             works.append(group.process_group.broadcast(bucket, 0))
+        progress()
     for work in works[-2:]:
         with waiting:
             work.wait()

@@ -1,0 +1,47 @@
+"""Signs of life of a trainer whose weights travel past the server: in shared memory, or to the workers directly."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from slipstream.serving import wire
+from slipstream.serving.connection import Connection
+
+T = TypeVar("T")
+SIGN_SECONDS = 2.0  # between two signs; a trainer that is silent for 10 s makes way for another
+
+
+class LifeSigns:
+    """Called with each piece that was sent, it tells the server now and then that the update goes on.
+
+    There is no thread behind it: a trainer that is stuck is to be silent.
+
+    Args:
+        connection: To the server.
+        transaction: Number of the update.
+    """
+
+    def __init__(self, connection: Connection, transaction: int) -> None:
+        self._connection = connection
+        self._message = wire.ProgressMessage(transaction=transaction)
+        self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        """Something was sent.
+
+        Raises:
+            ServerError: the update is not open any more (409).
+            ConnectionError: the server was lost.
+        """
+        if time.monotonic() - self._last < SIGN_SECONDS:
+            return
+        self._connection.call("POST", "/weights/progress", self._message)
+        self._last = time.monotonic()
+
+    def beside(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield `items`, with a call for each."""
+        for item in items:
+            self()
+            yield item
