@@ -122,6 +122,24 @@ class TestOptions:
         assert made.engine_options == {"max_num_seqs": 8, "enable_chunked_prefill": False, "seed": 3}
         assert made.engine()["seed"] == 3
 
+    def test_vllms_short_names(self):
+        made = settings("-tp", 2, "--model", "m", "-dp=3", "-pp", 2, "-q=fp8")
+        assert (made.tensor_parallel_size, made.data_parallel_size) == (2, 3)
+        assert made.engine_options == {"pipeline_parallel_size": 2, "quantization": "fp8"}
+
+    def test_parts_of_a_mapping(self, tmp_path):
+        file = tmp_path / "serve.yaml"
+        file.write_text("model: m\ncompilation_config: {mode: 3, backend: eager}\nhf_overrides:\n")
+        made = settings(
+            "--config", file, "--compilation-config.mode=0", "--compilation_config.pass_config.fuse_norm_quant", "true",
+            "--hf-overrides.rope_theta", "1.0", "--speculative-config.method", "ngram",
+        )  # fmt: skip
+        assert made.engine_options == {
+            "compilation_config": {"mode": 0, "backend": "eager", "pass_config": {"fuse_norm_quant": True}},
+            "hf_overrides": {"rope_theta": 1.0},
+        }
+        assert made.engine()["speculative_config"] == {"method": "ngram"}
+
     @pytest.mark.parametrize(
         ("words", "complaint"),
         [
@@ -134,6 +152,15 @@ class TestOptions:
             (["--model", "m", "--speculative-config", "{"], "speculative_config='{' is not JSON"),
             (["--model", "m", "--data-parallel-size", "0"], "data_parallel_size=0 is not allowed"),
             (["--model", "m", "stray"], "unexpected argument 'stray'"),
+            (["--model", "m", "-O3"], "unexpected argument '-O3'"),
+            (["--model", "m", "--what.mode", "3"], "unknown option: 'what'"),
+            (["--model", "m", "--seed", "3", "--seed.x", "3"], r"--seed\.x: seed=3 has no parts"),
+            (["--model", "m", "--compilation-config.", "3"], r"--compilation-config\. is not allowed"),
+            (["--model", "m", "--kernel-config.x+", "3"], r"--kernel-config\.x\+ is not allowed: .* as a whole"),
+            (
+                ["--model", "m", "--speculative-config", "{}", "--speculative-config.method", "ngram"],
+                "speculative_config is given both as a whole and in parts",
+            ),
         ],
     )  # fmt: skip
     def test_what_is_wrong_is_named(self, words, complaint):

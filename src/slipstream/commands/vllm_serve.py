@@ -23,20 +23,26 @@ CONTEXT = {
     "ignore_unknown_options": True,
     "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_model_len is --max-model-len
 }
+# vLLM's, of those that are in use.
+SHORT = {
+    "-tp": "--tensor-parallel-size", "-dp": "--data-parallel-size", "-pp": "--pipeline-parallel-size",
+    "-q": "--quantization",
+}  # fmt: skip
 _ENGINE_NAMES = (
     "import json; from slipstream import vllm_compat; print(json.dumps(sorted(vllm_compat.server_option_names())))"
 )
 
 
 class Command(typer.core.TyperCommand):
-    """A command whose switches may be followed by their value, as in `--enforce-eager true`."""
+    """A command whose switches may be followed by their value, as in `--enforce-eager true`, with vLLM's short names."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Rewrite `--x true` as `--x`, and `--x false` as `--no-x`, where x is one of our switches."""
+        """Rewrite `--x true` as `--x`, and `--x false` as `--no-x`, where x is one of our switches; and short names."""
         switches = {f"--{field.name.replace('_', '-')}" for field in options() if "bool" in str(field.type)}
         plain, rest = [], list(args)
         while rest:
             name, given, value = rest.pop(0).partition("=")
+            name = SHORT.get(name, name)
             if name.replace("_", "-") not in switches:
                 plain.append(name + given + value)
                 continue
@@ -108,7 +114,10 @@ def read(config: Path | None, given: dict[str, Any], further: list[str]) -> Sett
     from slipstream.commands.train import read_settings
 
     ours = {field.name for field in options()}
-    settings = {name.replace("-", "_"): value for name, value in read_settings(config, further).items()}
+    settings = nested({name.replace("-", "_"): value for name, value in read_settings(config, further).items()})
+    words = [word.replace("-", "_") for word in further]
+    if both := [name for name in given if any(word.startswith(f"__{name}.") for word in words)]:
+        raise ValueError(f"{', '.join(both)} is given both as a whole and in parts: leave one out.")
     settings = positive(settings, ours) | given
     engine = {name: settings.pop(name) for name in list(settings) if name not in ours}
     if engine:
@@ -117,6 +126,29 @@ def read(config: Path | None, given: dict[str, Any], further: list[str]) -> Sett
         if field.name in settings and "str" in str(field.type) and isinstance(settings[field.name], int | float):
             settings[field.name] = str(settings[field.name])  # YAML reads a folder named 7 as a number
     return Settings(**settings, engine_options=engine)
+
+
+def nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with `a.b: 1` as `a: {b: 1}`, beside what else `a` holds.
+
+    Raises:
+        ValueError: `a` has a value without parts, or `b` is no name.
+    """
+    whole = {name: value for name, value in settings.items() if "." not in name}
+    for name in [name for name in settings if name not in whole]:
+        shown = f"--{name.replace('_', '-')}"
+        *path, last = name.split(".")
+        if not all((*path, last)) or last.endswith("+"):
+            raise ValueError(f"{shown} is not allowed: parts have names, and lists are given as a whole.")
+        place = whole
+        for part in path:
+            inner = place.get(part)
+            if not isinstance(inner, dict | None):
+                raise ValueError(f"{shown}: {part}={inner!r} has no parts.")
+            place[part] = inner = dict(inner or {})
+            place = inner
+        place[last] = settings[name]
+    return whole
 
 
 def positive(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
