@@ -34,7 +34,7 @@ _ENGINE_NAMES = (
 
 
 class Command(typer.core.TyperCommand):
-    """A command whose switches may be followed by their value, as in `--enforce-eager true`, with vLLM's short names."""
+    """A command with vLLM's short names, whose switches may be followed by their value: `--enforce-eager true`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Rewrite `--x true` as `--x`, and `--x false` as `--no-x`, where x is one of our switches; and short names."""
