@@ -5,7 +5,10 @@ Names are loaded when they are first used, so that importing the package costs n
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 from slipstream.version import __version__
@@ -50,7 +53,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it exports {', '.join(sorted(__all__))}")
+        known = sorted({*__all__, "rewards", "judges"})
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+        # `from slipstream import ...` asks here first, also for modules, and would replace an AttributeError's text.
+        if sys._getframe(1).f_code.co_name == "_handle_fromlist" and not importlib.util.find_spec(f"{__name__}.{name}"):
+            raise ImportError(f"cannot import name {name!r} from {__name__!r}; {hint}", name=__name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; {hint}")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)
     globals()[name] = value
     return value

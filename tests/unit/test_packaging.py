@@ -50,6 +50,12 @@ def test_every_exported_name_resolves():
 def test_unknown_names_are_refused():
     with pytest.raises(AttributeError, match="no_such_name"):
         slipstream.no_such_name  # noqa: B018
+    with pytest.raises(AttributeError, match="did you mean 'GRPOTrainer'"):
+        slipstream.GRPOTraner  # noqa: B018
+    with pytest.raises(ImportError, match=r"cannot import name 'GRPOTraner'.*did you mean 'GRPOTrainer'"):
+        from slipstream import GRPOTraner  # noqa: F401
+    with pytest.raises(ImportError, match=r"it has GRPOConfig, .*judges"):
+        from slipstream import no_such_name  # noqa: F401
 
 
 def test_version():
