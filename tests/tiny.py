@@ -1,4 +1,5 @@
-"""A tiny chat model with random weights that both transformers and vLLM's CPU engine can run (head_dim 32)."""
+"""A tiny chat model with random weights that both transformers and vLLM's CPU engine can run (head_dim 32), and a
+reward model beside it."""
 
 from __future__ import annotations
 
@@ -53,5 +54,22 @@ def build(path: str | Path, *, seed: int = 0, layers: int = 2, hidden: int = 64,
     model.generation_config.eos_token_id = vocabulary.eos_token_id
     model.generation_config.pad_token_id = vocabulary.pad_token_id
     model.save_pretrained(path)
+    vocabulary.save_pretrained(path)
+    return Path(path)
+
+
+def build_reward_model(path: str | Path) -> Path:
+    """Save a random Qwen2-shaped reward model (one label) and its tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForSequenceClassification
+
+    vocabulary = tokenizer()
+    config = Qwen2Config(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, pad_token_id=vocabulary.pad_token_id, num_labels=1,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Qwen2ForSequenceClassification(config).save_pretrained(path)
     vocabulary.save_pretrained(path)
     return Path(path)

@@ -8,9 +8,7 @@ import re
 import datasets
 import pytest
 import tiny
-import torch
 from serving.servers import start_server
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 BY_REWARD = """
 from datasets import load_dataset
@@ -79,17 +77,7 @@ ROWS = [{"prompt": [{"role": "user", "content": f"{a}+{b}=?"}], "solution": f"${
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
     """Folder of a tiny random reward model."""
-    path = tmp_path_factory.mktemp("models") / "Qwen2-0.5B-Reward"
-    tokenizer = tiny.tokenizer()
-    config = Qwen2Config(
-        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, pad_token_id=tokenizer.pad_token_id, num_labels=1,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        Qwen2ForSequenceClassification(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return tiny.build_reward_model(tmp_path_factory.mktemp("models") / "Qwen2-0.5B-Reward")
 
 
 @pytest.fixture(scope="module")

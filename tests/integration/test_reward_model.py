@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import AutoTokenizer, Qwen2ForSequenceClassification
 
 from slipstream import GRPOConfig, GRPOTrainer
 from slipstream.records import Completion, Prompt, Rollout
@@ -20,16 +20,7 @@ PLAIN = [{"prompt": f"{a}+{b}="} for a in range(4) for b in range(4)]
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     """Folder of a tiny random reward model."""
-    path = tmp_path_factory.mktemp("models") / "judge"
-    tokenizer = tiny.tokenizer()
-    config = Qwen2Config(
-        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, pad_token_id=tokenizer.pad_token_id, num_labels=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    Qwen2ForSequenceClassification(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return str(tiny.build_reward_model(tmp_path_factory.mktemp("models") / "judge"))
 
 
 def train(model, folder, rewards, rows, **options):
