@@ -2,14 +2,12 @@
 
 The group is made directly, so that the trainer's default group is left alone, and its members find each other through
 the server (`HttpStore`): nothing listens that does not ask for the server's key, except the group's own connections.
-Gloo's are bound to the one interface by which the server is reached, NCCL's to the one that it chooses
-(NCCL_SOCKET_IFNAME).
+They are made on the one interface by which the server is reached, or on that which NCCL_SOCKET_IFNAME names for NCCL.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,13 +24,13 @@ from slipstream.serving.wire import TensorSpec
 from slipstream.weights.buckets import Packer, views
 from slipstream.weights.layout import layout
 from slipstream.weights.transports.http_store import HttpStore
+from slipstream.weights.transports.interfaces import environment, nccl_on
 
 __all__ = ["Group", "GroupError", "HttpStore", "join", "leave", "receive", "send"]
 
 # Both sides must cut alike. NCCL is fastest on large pieces; on a CPU smaller ones overlap packing and sending.
 BUCKET_BYTES = {"nccl": 256 << 20, "gloo": 32 << 20}
-# Device memory that is left free beside a worker's staging buffer.
-_SPARE_BYTES = 1 << 30
+_SPARE_BYTES = 1 << 30  # of device memory that are left free beside a worker's staging buffer
 
 
 class GroupError(RuntimeError):
@@ -77,12 +75,13 @@ def join(
         raise ValueError(f"backend={backend!r} cannot move tensors on {device}; use nccl on cuda and gloo on cpu")
     try:
         address = _meet(store, rank, world_size)
-        process_group = _MAKERS[backend](store, rank, world_size, timeout, address, device)
-        group = Group(backend, rank, world_size, device, timeout, process_group, store)
-        if backend == "nccl":
-            group.stream = torch.cuda.Stream(device)
-        # Connects what connects late, and shows that all members can hear rank 0.
-        process_group.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), 0).wait()
+        with nccl_on(address) if backend == "nccl" else contextlib.nullcontext():
+            process_group = _MAKERS[backend](store, rank, world_size, timeout, address, device)
+            group = Group(backend, rank, world_size, device, timeout, process_group, store)
+            if backend == "nccl":
+                group.stream = torch.cuda.Stream(device)
+            # Connects what connects late, as NCCL does, and shows that all members can hear rank 0.
+            process_group.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), 0).wait()
     except (RuntimeError, ConnectionError, TimeoutError) as error:
         raise GroupError(f"rank {rank} of {world_size} could not join the {backend} group: {error}") from error
     return group
@@ -199,7 +198,7 @@ def _make_nccl(store: HttpStore, rank: int, world_size: int, timeout: float, add
     torch.cuda.set_device(device)
     # With it `wait` has the group's timeout and raises. Without it a watchdog ends the whole process when a member is
     # gone. It is read when a group is made; the trainer's other groups are not to have it.
-    with _environment("TORCH_NCCL_BLOCKING_WAIT", "1"):
+    with environment("TORCH_NCCL_BLOCKING_WAIT", "1"):
         return dist.ProcessGroupNCCL(store, rank, world_size, options)
 
 
@@ -249,16 +248,3 @@ class _Waiting:
             f"rank {self.group.rank} of {self.group.size} waited for {self.others}, who did not do their part within "
             f"{self.group.timeout:g} s or are gone: {reason}"
         ) from error
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
