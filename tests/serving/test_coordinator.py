@@ -42,6 +42,13 @@ class Acted:
             return JSONResponse({"detail": "the engine is confused"}, self.info)
         return Response(wire.encode(REPORT), media_type=wire.MSGPACK)
 
+    async def start_again(self):
+        """Its process ends, and another one answers, which holds nothing yet."""
+        replica = self.replica
+        await replica.end()
+        replica.holds, replica.missed = {}, None
+        replica._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(replica.socket)))
+
     async def take(self, request):
         self.called.append((request.url.path, msgspec.msgpack.decode(await request.body())))
         reply = wire.CommitReply(version=1, paused_seconds=0.0, update="an update")
@@ -80,8 +87,15 @@ async def acting(count, folder):
 TIMEOUT = 5.0
 
 
+class Everybody:
+    """A process group of all replicas that are up, however often they are started."""
+
+    def members(self, up):
+        return up
+
+
 def coordinator(acted, timeout=TIMEOUT):
-    made = Coordinator(lambda: [actor.replica for actor in acted if actor.replica.up], None, timeout)
+    made = Coordinator(lambda: [actor.replica for actor in acted if actor.replica.up], Everybody(), timeout)
     return contextlib.closing(made)
 
 
@@ -154,15 +168,36 @@ def test_replicas_know_how_long_the_server_waits_for_them(tmp_path):
             with coordinator([actor]) as weights:
                 number = await begun(weights)
                 await weights.commit(wire.CommitMessage(transaction=number, checksums=[0]))
-                await actor.replica.end()
-                actor.replica.holds, actor.replica.missed = {}, None  # as one that was started again
-                actor.replica._session = aiohttp.ClientSession(
-                    connector=aiohttp.UnixConnector(str(actor.replica.socket))
-                )
+                await actor.start_again()
                 await weights.bring_up(actor.replica)
                 assert actor.replica.state == "ready"
         commits = [message["timeout"] for path, message in actor.called if path == "/weights/commit"]
         assert commits[0] == TIMEOUT
         assert TIMEOUT - 2 < commits[1] < TIMEOUT  # less what its begin has taken
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_lacks_the_reference_is_told_of_with_the_next_update(tmp_path):
+    """What came through a process group is kept nowhere, and a trainer sends its reference once."""
+
+    async def run():
+        async with acting(2, tmp_path) as acted:
+            with coordinator(acted) as weights:
+
+                async def push(version, reference=False):
+                    number = await begun(weights, version, transport="group", reference=reference)
+                    return await weights.commit(wire.CommitMessage(transaction=number, checksums=[0]))
+
+                assert not (await push(1)).reference_missing
+                assert not (await push(0, reference=True)).reference_missing
+                await acted[1].start_again()
+                await weights.bring_up(acted[1].replica)
+                states = [actor.replica.state for actor in acted]
+                assert states == ["ready", "stale"]
+                assert (await push(2)).reference_missing
+                assert acted[1].replica.missed == "it has not got version 0 of the reference's weights"
+                assert not (await push(0, reference=True)).reference_missing
+                assert [actor.replica.state for actor in acted] == ["ready", "ready"]
 
     asyncio.run(run())

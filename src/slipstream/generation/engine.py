@@ -62,7 +62,8 @@ class Request:
 class SyncReport:
     """What one weight update moved: `nbytes` bytes in `tensors` tensors within `seconds` seconds.
 
-    For `paused` of these, an engine that samples beside the trainer could not go on. A server names the `update`.
+    For `paused` of these, an engine that samples beside the trainer could not go on. A server names the `update`; with
+    `reference_missing` a part of it was started again and needs the reference's weights, too.
     """
 
     version: int
@@ -71,6 +72,7 @@ class SyncReport:
     seconds: float
     paused: float = 0.0
     update: str = ""
+    reference_missing: bool = False
 
 
 class EngineLostError(RuntimeError):

@@ -129,10 +129,13 @@ class Coordinator:
                 log.error("%s has not taken version %d: %s", replica.name, begin.version, error)
             # All at the same time, so that the trainer's deadline holds.
             await asyncio.gather(*(self._settle(replica, give=replica not in failed) for replica in self._up()))
+            reference_missing = any(p.begin.reference for r in self._up() for p in self._pushes.missed_by(r))
         if not replies:
             raise worst(failed) if failed else HTTPException(409, "every replica ended after begin: begin again")
         paused = max(reply.paused_seconds for reply in replies.values())
-        return wire.CommitReply(version=self.version, paused_seconds=paused, update=transaction.update)
+        return wire.CommitReply(
+            version=self.version, paused_seconds=paused, update=transaction.update, reference_missing=reference_missing
+        )
 
     async def abort(self, number: int) -> bool:
         """Abort a transaction; False if it is not open (any more)."""

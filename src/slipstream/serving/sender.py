@@ -107,7 +107,9 @@ class Sender:
                 commit = wire.CommitMessage(transaction=transaction, checksums=send(tensors))
                 reply = self._connection.post("/weights/commit", commit, wire.CommitReply, timeout=self._patience)
             nbytes, seconds = sum(map(bytes_of, specs)), time.perf_counter() - begin
-            return SyncReport(version, nbytes, len(specs), seconds, reply.paused_seconds, reply.update)
+            return SyncReport(
+                version, nbytes, len(specs), seconds, reply.paused_seconds, reply.update, reply.reference_missing
+            )
 
     def close(self) -> None:
         """Leave the process group, and forget the server's memory. The server is not told; it may be gone."""

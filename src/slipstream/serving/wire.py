@@ -155,11 +155,14 @@ class CommitReply(Message):
 
     Attributes:
         update: The server's name for this update, which no other has.
+        reference_missing: Whether a replica lacks the reference model's last weights, and gets no prompts until they
+            are sent again.
     """
 
     version: int
     paused_seconds: float
     update: str
+    reference_missing: bool = False
 
 
 class AbortMessage(Message):

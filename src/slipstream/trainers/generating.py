@@ -262,10 +262,12 @@ class Generating(Learning):
         with self.clock.phase("sync"):
             report = self.engine.update_weights(self.state.global_step, Weights(model))
         self._pushed = present
+        if report.reference_missing:
+            self._reference_pushed = False
         self.metrics.add({"sync/bytes": report.nbytes, "sync/seconds": report.seconds})
 
     def push_reference(self) -> None:
-        """Send the reference's weights to an engine that samples from it, once: they do not change."""
+        """Send the reference's weights to an engine that samples from it: once, or again where it lost them."""
         if not self.args.samples_from_reference or self._reference_pushed:
             return
         with self.clock.phase("sync"), self._reference_model() as model:
