@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from slipstream import vllm_compat
@@ -31,7 +31,7 @@ _CPU_CACHE_LIMIT = 2 << 30  # bytes; vLLM fills its cache with zeros at start, a
 _CPU_BLOCK = 128  # tokens in a cache block on CPU
 
 
-def check_names(field: str, given: Iterable[str], known: set[str], own: frozenset[str]) -> None:
+def check_names(field: str, given: Iterable[str], known: Set[str], own: frozenset[str]) -> None:
     """Raise ValueError if one of `given` is not among `known` (naming close matches), or among `own`."""
     for name in given:
         if name in own:

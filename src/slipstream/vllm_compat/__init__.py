@@ -113,9 +113,10 @@ def server_option_names() -> set[str]:
     return {field.name for field in dataclasses.fields(load().EngineArgs)}
 
 
-def sampling_option_names() -> set[str]:
+@cache  # a server looks at them for every request
+def sampling_option_names() -> frozenset[str]:
     """Names that `vllm.SamplingParams` accepts, in this version."""
-    return {name for name in inspect.signature(load().SamplingParams).parameters if not name.startswith("_")}
+    return frozenset(name for name in inspect.signature(load().SamplingParams).parameters if not name.startswith("_"))
 
 
 def token_prompt(ids: list[int], cache_salt: str | None = None) -> Any:
