@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import resource
 import time
 from pathlib import Path
 
+import aiohttp
 import calls
 import httpx
 import msgspec
+import psutil
 import pytest
 import servers
 from calls import LONG, call, generate, request
@@ -302,26 +306,64 @@ class TestOpenAI:
 
 
 class TestMany:
+    def test_calls_beyond_the_servers_files_are_refused_and_the_others_answered(self, server):
+        """Each takes two: the client's connection and one to the replica. There are too few for the latter."""
+        [replica], headers = server.replicas(), server.headers
+        completion = {"model": calls.info(server).model, "prompt": [5, 7], "max_tokens": 100, "ignore_eos": True}
+        ours = {"prompts": [{"ids": [5, 7]}], "sampling": {"max_tokens": 100, "extra": LONG}}
+
+        async def run():
+            limits = httpx.Limits(max_connections=None)
+            async with httpx.AsyncClient(base_url=server.url, headers=headers, limits=limits, timeout=120) as client:
+                both = (("/generate", ours), ("/v1/completions", completion)) * 60
+                return await asyncio.gather(*(client.post(path, json=body) for path, body in both))
+
+        soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        files = psutil.Process(server.process.pid).num_fds()
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (files + 160, hard))
+        try:
+            answers = asyncio.run(run())
+        finally:
+            resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        for some in (answers[::2], answers[1::2]):
+            assert {answer.status_code for answer in some} == {200, 503}
+            assert all("ulimit -n" in a.json()["detail"] for a in some if a.status_code == 503)
+        assert calls.info(server).replicas[0].state == "ready"
+        assert [replica] == server.replicas()
+        assert len(generate(server, request(PROMPTS, max_tokens=4))) == 4
+
     def test_ten_thousand_completions_in_one_call(self, server):
         found = generate(server, request(PROMPTS * 25, n=100, max_tokens=2))
         assert len(found) == 10_000
         assert all(1 <= len(completion.ids) <= 2 for completion in found.values())
 
-    def test_two_hundred_calls_at_the_same_time(self, server):
-        async def run():
-            limits = httpx.Limits(max_connections=None)
-            async with httpx.AsyncClient(
-                base_url=server.url, headers=server.headers, limits=limits, timeout=120
-            ) as client:
-                return await asyncio.gather(*(
-                    client.post(
-                        "/generate", content=wire.encode(request([[5 + i % 90, 7]], n=2, seed=i, max_tokens=8)),
-                        headers={"content-type": wire.MSGPACK},
-                    )
-                    for i in range(200)
-                ))  # fmt: skip
+    def test_ten_thousand_calls_at_the_same_time(self, server):
+        """Each is answered, or refused with a reason: the server may have as many files as the operator has allowed."""
 
-        answers = asyncio.run(run())
-        assert [answer.status_code for answer in answers] == [200] * 200
-        assert all(len(calls.frames_of(answer.content)) == 2 for answer in answers)
-        assert calls.info(server).replicas[0].running == 0
+        headers = {**server.headers, "content-type": wire.MSGPACK}
+
+        async def ask(session, index):
+            body = wire.encode(request([[5 + index % 90, 7]], seed=index, max_tokens=1))
+            async with session.post(f"{server.url}/generate", data=body, headers=headers) as answer:
+                return answer.status, await answer.read()
+
+        async def run():
+            connector = aiohttp.TCPConnector(limit=0)
+            async with asyncio.timeout(240), aiohttp.ClientSession(connector=connector) as session:
+                return await asyncio.gather(*(ask(session, index) for index in range(10_000)))
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        try:
+            ended = asyncio.run(run())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        reasons = [json.loads(content)["detail"] for status, content in ended if status == 503]
+        assert all("ulimit -n" in reason for reason in reasons)
+        answered = [calls.frames_of(content) for status, content in ended if status == 200]
+        assert len(answered) + len(reasons) == 10_000
+        assert len(answered) >= min(10_000, hard // 2 - 100)
+        assert all(len(frame.completion.ids) == 1 for [frame] in answered)
+        report = calls.info(server).replicas[0]
+        assert (report.state, report.running) == ("ready", 0)
+        assert len(generate(server, request(PROMPTS, max_tokens=4))) == 4

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
 
 import aiohttp
 import msgspec
@@ -14,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from slipstream.serving import replicas, wire
-from slipstream.serving.asking import ReplicaLost
+from slipstream.serving.asking import ReplicaLost, ask_all
 from slipstream.serving.communicator import Communicator
 from slipstream.serving.replica_process import Replica
 from slipstream.serving.settings import Settings
@@ -26,8 +28,30 @@ REPORT = wire.ReplicaReport(
 )
 
 
-async def info(request):
-    return Response(wire.encode(REPORT), media_type=wire.MSGPACK)
+@contextlib.asynccontextmanager
+async def watched(bring_up, info):
+    """A server's replicas, of which the only one is ready, watched, and answered for by `info`."""
+    found = replicas.Replicas(Settings(model="m"), bring_up, None, None)
+    [replica] = found.all
+    routes = uvicorn.Config(Starlette(routes=[Route("/info", info)]), uds=str(replica.socket), log_level="warning")
+    server = uvicorn.Server(routes)
+    serving = asyncio.create_task(server.serve())
+    replica.process = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
+    replica._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(replica.socket), force_close=True))
+    try:
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            while not server.started:
+                await asyncio.sleep(0.01)
+            await replica.refresh(5)
+            replica.missed = ""
+            assert replica.state == "ready"
+            watching = group.create_task(found._watch(replica))
+            yield found, replica
+            watching.cancel()
+    finally:
+        server.should_exit = True
+        await serving
+        await found.stop()
 
 
 def test_a_replica_that_broke_a_connection_serves_once_it_has_what_it_missed(monkeypatch):
@@ -35,35 +59,49 @@ def test_a_replica_that_broke_a_connection_serves_once_it_has_what_it_missed(mon
     monkeypatch.setattr(replicas, "WATCH_SECONDS", 0.05)
     asked = []
 
+    async def info(request):
+        return Response(wire.encode(REPORT), media_type=wire.MSGPACK)
+
     async def bring_up(replica):
         asked.append(replica.state)
         replica.missed = "it has not got version 3 of the policy's weights"
 
     async def run():
-        found = replicas.Replicas(Settings(model="m"), bring_up, None, None)
-        [replica] = found.all
-        routes = uvicorn.Config(Starlette(routes=[Route("/info", info)]), uds=str(replica.socket), log_level="warning")
-        server = uvicorn.Server(routes)
-        serving = asyncio.create_task(server.serve())
-        replica.process = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
-        replica._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(replica.socket)))
-        async with asyncio.timeout(20):
-            while not server.started:
-                await asyncio.sleep(0.01)
-            await replica.refresh(5)
-            replica.missed = ""
-            assert replica.state == "ready"
+        async with watched(bring_up, info) as (found, replica):
             found.suspect(replica, replica.incarnation)
             assert replica.state == "starting"
-            watching = asyncio.create_task(found._watch(replica))
             while replica.state == "starting":
                 await asyncio.sleep(0.01)
-        assert replica.state == "stale"
+            assert replica.state == "stale"
         assert asked == ["starting"]
-        watching.cancel()
-        server.should_exit = True
-        await serving
-        await found.stop()
+
+    asyncio.run(run())
+
+
+def test_who_waits_for_a_replica_that_was_doubted_while_it_was_asked_hears_of_its_return(monkeypatch):
+    monkeypatch.setattr(replicas, "WATCH_SECONDS", 0.05)
+    doubts = []
+
+    async def info(request):
+        if doubts:
+            doubts.pop()()
+        return Response(wire.encode(REPORT), media_type=wire.MSGPACK)
+
+    async def bring_up(replica):
+        await asyncio.sleep(0.05)  # who was waiting is waiting again
+        replica.missed = ""
+
+    async def run():
+        async with watched(bring_up, info) as (found, replica):
+            doubted = asyncio.Event()
+
+            def doubt():
+                found.suspect(replica, replica.incarnation)
+                doubted.set()
+
+            doubts.append(doubt)
+            await doubted.wait()
+            assert await found.serving_soon() == [replica]
 
     asyncio.run(run())
 
@@ -130,5 +168,41 @@ def test_a_group_that_cannot_be_is_refused_before_a_replica_is_told(tmp_path, de
             await made.connect(wire.CommunicatorMessage(backend="nccl", devices=["GPU-0A1B"], timeout=5), [replica])
         with pytest.raises(HTTPException, match="make one by POST /communicator"):
             made.members([replica])
+
+    asyncio.run(run())
+
+
+@contextlib.contextmanager
+def no_files_left():
+    """This process may open no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # those that are open stay open
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_replica_is_not_doubted_by_a_server_that_has_no_files_left(monkeypatch):
+    """Neither is it ended, whoever wants to ask it."""
+    monkeypatch.setattr(replicas, "WATCH_SECONDS", 0.05)
+    asked = []
+
+    async def info(request):
+        asked.append(request.url.path)
+        return Response(wire.encode(REPORT), media_type=wire.MSGPACK)
+
+    async def run():
+        async with watched(None, info) as (_, replica):
+            with no_files_left():
+                [error] = (await ask_all([replica], "/weights/begin", None, 5))[1].values()
+                assert "ulimit -n" in str(error)
+                asked.clear()
+                await asyncio.sleep(0.2)  # as long as it takes to be asked four times
+                assert not asked
+            while not asked:
+                await asyncio.sleep(0.01)
+            assert replica.state == "ready"
+            assert replica.process.returncode is None
 
     asyncio.run(run())

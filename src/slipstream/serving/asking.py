@@ -31,6 +31,10 @@ class ReplicaLost(Exception):
     """A replica did not answer: it has died, or was silent until the deadline."""
 
 
+class NoFilesLeft(ReplicaLost):
+    """It was not asked, as this process may have no more connections. That says nothing of the replica."""
+
+
 def detail_of(body: bytes) -> str:
     """The reason in an answer of ours that is an error, whichever form it has."""
     for reader in (msgspec.json, msgspec.msgpack):
@@ -56,7 +60,7 @@ async def ask_all(
     for replica, answer in zip(asked, await asyncio.gather(*calls, return_exceptions=True), strict=True):
         if isinstance(answer, ReplicaLost | ReplicaRefused):
             failed[replica] = answer
-            if isinstance(answer, ReplicaLost):
+            if isinstance(answer, ReplicaLost) and not isinstance(answer, NoFilesLeft):
                 replica.kill()
         elif isinstance(answer, BaseException):
             raise answer

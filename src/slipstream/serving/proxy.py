@@ -10,7 +10,7 @@ from fastapi import HTTPException, Request
 from starlette.responses import Response
 from yarl import URL
 
-from slipstream.serving.asking import ReplicaLost
+from slipstream.serving.asking import NoFilesLeft, ReplicaLost
 from slipstream.serving.replica_process import Replica
 from slipstream.serving.replicas import Replicas
 from slipstream.serving.streaming import PATIENCE_SECONDS, StreamedResponse
@@ -42,6 +42,8 @@ async def forward(request: Request, replicas: Replicas) -> Response:
         incarnation = replica.incarnation
         try:
             return await _ask(replica, request, url, body)
+        except NoFilesLeft as error:
+            raise HTTPException(503, str(error)) from error
         except ReplicaLost as error:
             replicas.suspect(replica, incarnation)
             if attempt == _ATTEMPTS:

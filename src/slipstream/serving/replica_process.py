@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import aiohttp
 import msgspec
 
 from slipstream.serving import wire
-from slipstream.serving.asking import ReplicaLost, ReplicaRefused, detail_of
+from slipstream.serving.asking import NoFilesLeft, ReplicaLost, ReplicaRefused, detail_of
 from slipstream.serving.auth import VARIABLE
 
 M = TypeVar("M", bound=msgspec.Struct)
@@ -204,12 +205,17 @@ class Replica:
 
     @contextlib.asynccontextmanager
     async def lost_as_error(self, what: str, timeout: float | None = None) -> AsyncIterator[None]:
-        """Raise ReplicaLost where a connection fails, or `timeout` seconds are over."""
+        """Raise ReplicaLost where a connection fails, or `timeout` seconds are over; NoFilesLeft where it cannot be."""
         try:
             yield
         except TimeoutError as error:
             raise ReplicaLost(f"{self.name} did not answer {what} within {timeout or 0:g} s") from error
         except (aiohttp.ClientError, ConnectionError) as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                raise NoFilesLeft(
+                    f"the server has too many files open to ask {self.name}: a request takes two. Send fewer at a "
+                    "time, or start the server with a higher limit (ulimit -n)"
+                ) from error
             raise ReplicaLost(f"{self.name} did not answer {what}: {type(error).__name__} {error}") from error
 
     def doubt(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastapi import HTTPException
 
-from slipstream.serving.asking import OTHERS, ReplicaLost
+from slipstream.serving.asking import OTHERS, NoFilesLeft, ReplicaLost
 from slipstream.serving.replica_process import Replica
 from slipstream.serving.settings import Settings
 
@@ -189,9 +189,11 @@ class Replicas:
                 return f"its process ended with code {code}"
             except TimeoutError:
                 state = replica.state
-                await replica.refresh(HANG_SECONDS)
-                if replica.missed is None:  # doubted: it may have missed an update meanwhile
-                    await self._bring_up(replica)
+                with contextlib.suppress(NoFilesLeft):  # ask again later
+                    await replica.refresh(HANG_SECONDS)
+                    if replica.missed is None:  # doubted: it may have missed an update meanwhile
+                        state = "doubted"  # be it since it was asked: then who waits has not seen it ready
+                        await self._bring_up(replica)
                 if replica.state != state:
                     self.changed()
 

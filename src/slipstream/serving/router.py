@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import HTTPException
 
 from slipstream.serving import wire
-from slipstream.serving.asking import ReplicaLost
+from slipstream.serving.asking import NoFilesLeft, ReplicaLost
 from slipstream.serving.replica_process import Replica
 from slipstream.serving.replicas import Replicas
 from slipstream.serving.share import Part, Share
@@ -100,6 +100,8 @@ class Answer:
         """Give up a share; what is left of it."""
         share.close()
         self._shares.remove(share)
+        if isinstance(error, NoFilesLeft):
+            raise HTTPException(503, str(error))
         self._replicas.suspect(share.replica, share.incarnation)
         self._losses += 1
         if self._losses > MOST_LOSSES:
