@@ -6,8 +6,13 @@ import json
 import sys
 from pathlib import Path
 
+SEEN: list[tuple[int, str, list[int]]] = []
+"""What was sampled: step, prompt, token ids."""
 
-def digits(completions, **_):
+
+def digits(prompts, completions, completion_ids, trainer_state, **_):
+    asked = [messages[0]["content"] for messages in prompts]
+    SEEN.extend((trainer_state.global_step, *found) for found in zip(asked, completion_ids, strict=True))
     return [sum(c.isdigit() for c in m[0]["content"]) / 8 for m in completions]
 
 
@@ -28,6 +33,7 @@ def main() -> None:
     trainer.train()
     trainer.save_model()
     (folder / f"rank{args.process_index}.json").write_text(json.dumps(trainer.state.log_history))
+    (folder / f"sampled{args.process_index}.json").write_text(json.dumps(sorted(SEEN)))
     trainer.close()
 
 

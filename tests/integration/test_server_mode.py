@@ -8,11 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import rounds
 import torch
 from safetensors.torch import load_file
 from serving.servers import start_server
+
+from slipstream import VLLMClient
+from slipstream.generation import server as engines
+from slipstream.serving import joining
+from slipstream.serving.connection import Connection
+from slipstream.weights.transports import group
 
 SCRIPT = Path(__file__).parents[1] / "distributed" / "run_grpo.py"
 
@@ -25,20 +32,28 @@ def server(tiny_model):
 
 
 def train(model, folder, server=None, ranks=1, **settings):
-    """Train two steps; return the saved tensors and rank 0's log."""
+    """Train two steps, with an evaluation before and after; return the saved tensors, rank 0's log, and what was
+    sampled by all ranks: the greedy completions of the evaluations, and those of the steps."""
     folder.mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"}
     if server is not None:
         environment["SLIPSTREAM_API_KEY"] = server.key
         settings |= {"vllm_mode": "server", "vllm_server_base_url": server.url, "vllm_server_timeout": 30}
-    settings = {"max_steps": 2, "use_cpu": True, "per_device_train_batch_size": 12 // ranks} | settings
+    settings = {"per_device_train_batch_size": 12 // ranks} | settings
+    settings = {"max_steps": 2, "use_cpu": True, "eval_on_start": True} | settings
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
         str(SCRIPT), str(model), str(folder), json.dumps(settings),
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return load_file(folder / "model.safetensors"), json.loads((folder / "rank0.json").read_text())
+    # An evaluation is padded to whole batches of all ranks: a set has each of its rows once.
+    sampled = {
+        (step, prompt, tuple(ids))
+        for file in folder.glob("sampled*.json")
+        for step, prompt, ids in json.loads(file.read_text())
+    }
+    return load_file(folder / "model.safetensors"), json.loads((folder / "rank0.json").read_text()), sampled
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +63,12 @@ def colocated(tiny_model, tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_against_a_server_learns_what_a_colocated_one_does(tiny_model, tmp_path, server, colocated, ranks):
-    tensors, history = train(tiny_model, tmp_path / "run", server, ranks)
+    tensors, history, sampled = train(tiny_model, tmp_path / "run", server, ranks)
     for name, value in colocated[0].items():
         assert (tensors[name] - value).abs().max() < 1e-5, name
+    # Token by token: sampled ones of both steps, and greedy ones of the weights before and after them.
+    assert sampled == colocated[2]
+    assert {step for step, _, _ in sampled} == {0, 1, 2}
     # Sampled and greedy (evaluation) rewards, before and after the weights went through shared memory.
     for name in ("reward", "reward_std", "completions/mean_length", "num_tokens", "eval_reward"):
         expected = [entry[name] for entry in colocated[1] if name in entry]
@@ -81,8 +99,6 @@ def test_the_server_serves_the_trainers_version(tiny_model, tmp_path, server, mo
     made.train()
     made.push_weights()
     assert made.engine.version == 2
-    from slipstream import VLLMClient
-
     with VLLMClient(base_url=server.url) as client:
         assert client.server_info().version == 2
         # The last weights of the run, as transformers computes them.
@@ -133,3 +149,33 @@ def test_a_wrong_key_is_refused_at_once(tiny_model, tmp_path, server, monkeypatc
     monkeypatch.setenv("SLIPSTREAM_API_KEY", "not-the-key-of-this-server")
     with pytest.raises(PermissionError, match="SLIPSTREAM_API_KEY"):
         trainer(tiny_model, tmp_path, server)
+
+
+def test_the_servers_own_accelerator_is_refused_before_a_group_is_made(tiny_model, tmp_path, server, monkeypatch):
+    """A CPU has no UUID: both sides are given one where it is asked for."""
+    monkeypatch.setenv("SLIPSTREAM_API_KEY", server.key)
+    asked, get, post, engine = [], Connection.get, Connection.post, engines.ServerEngine
+
+    def get_from_an_accelerator(connection, path, kind):
+        info = get(connection, path, kind)
+        replicas = [msgspec.structs.replace(replica, devices=["0a1b-server"]) for replica in info.replicas]
+        return msgspec.structs.replace(info, platform="cuda", replicas=replicas)
+
+    def post_noted(connection, path, *arguments, **options):
+        asked.append(path)
+        return post(connection, path, *arguments, **options)
+
+    monkeypatch.setattr(Connection, "get", get_from_an_accelerator)
+    monkeypatch.setattr(Connection, "post", post_noted)
+    monkeypatch.setattr(group, "join", lambda *_: pytest.fail("a group was started"))
+    monkeypatch.setattr(engines, "uuid_of", lambda device: "GPU-0A1B-server")
+    monkeypatch.setattr(joining, "uuid_of", lambda device: "GPU-0A1B-server")
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(engines, "ServerEngine", lambda url, **options: engine(url, **options | {"device": cuda}))
+    message = r"same accelerator: 0a1b-server \(the trainer has 0a1b-server; the server has 0a1b-server\)"
+    with pytest.raises(ValueError, match=message):
+        trainer(tiny_model, tmp_path, server)
+    with VLLMClient(base_url=server.url) as client, pytest.raises(ValueError, match=message):
+        client.init_communicator(cuda)
+    assert asked == []
+    assert not torch.distributed.is_initialized()
