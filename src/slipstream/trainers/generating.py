@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from slipstream.trainers.metrics import Metrics, length_metrics, mean_by_name
 from slipstream.weights.export import Weights
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 # Times that an engine may be lost over the same completions: then they may well be what it dies of.
 MOST_LOSSES = 3
 
@@ -147,9 +148,7 @@ class Generating(Learning):
         """Sample completions `start ... start + count - 1` of each `(row, start, count)`, in order."""
         sampled: list[tuple[Prompt, Completion, dict[str, Any]]]
         if self.rollout_func is not None:
-            with self._engine_ready(), self.clock.phase("generate"):
-                assert self.engine.version is not None  # the weights have been sent
-                sampled = custom.sample(self.rollout_func, self, dataset, wanted, self.engine.version)
+            sampled = self._though_lost(lambda: self._ask_function(dataset, wanted))
         else:
             prompts = [self.renderer.render(dataset[row], row) for row, _, _ in wanted]
             requests = [
@@ -184,22 +183,36 @@ class Generating(Learning):
     def _answers(
         self, requests: Sequence[Request], sampling: Sampling, begin: Callable[[], OnFinished] | None = None
     ) -> list[list[Completion]]:
-        """What the engine samples; if it is lost on the way, what it samples when it is back.
+        """What the engine samples; seeds make a repetition the same.
 
         `begin` gives each attempt what hears of finished completions.
-        Seeds make the repetition the same. All ranks wait together, since they send the weights together.
+        """
+        return self._though_lost(lambda: self.ask_engine(requests, sampling, begin and begin()))
+
+    def _ask_function(
+        self, dataset: Any, wanted: Sequence[tuple[int, int, int]]
+    ) -> list[tuple[Prompt, Completion, dict[str, Any]]]:
+        """What the user's function samples."""
+        assert self.rollout_func is not None
+        assert self.engine.version is not None  # the weights have been sent
+        return custom.sample(self.rollout_func, self, dataset, wanted, self.engine.version)
+
+    def _though_lost(self, sample: Callable[[], list[T]]) -> list[T]:
+        """What `sample` returns with the engine ready; if that is lost on the way, what it returns when it is back.
+
+        All ranks wait together, since they send the weights together.
         """
         for _ in range(MOST_LOSSES):
             lost: EngineLostError | None = None
-            answers: list[list[Completion]] = []
+            sampled: list[T] = []
             try:
                 with self._engine_ready(), self.clock.phase("generate"):
-                    answers = self.ask_engine(requests, sampling, begin and begin())
+                    sampled = sample()
             except EngineLostError as error:
                 lost = error
                 logger.warning("the engine was lost, waiting for it to come back: %s", error)
             if not self._on_any_rank(lost is not None):
-                return answers
+                return sampled
             with self.clock.phase("wait"):
                 self._recover()
         raise RuntimeError(

@@ -91,7 +91,8 @@ class GRPOTrainer(EntropyTrainer):
             "logprobs"}`, a list with one entry a prompt each (logprobs may be None). Prompts come as they are in the
             dataset, once for each of their completions. `env_mask` marks the policy's own tokens with 1 and leaves
             others (0) out of the loss; other keys become columns for the reward functions. `trainer.engine` holds the
-            present weights and can be asked: `generate([Request(ids, n, seed)], trainer.args.sampling())`.
+            present weights and can be asked: `generate([Request(ids, n, seed)], trainer.args.sampling())`. If a server
+            is lost meanwhile (`EngineLostError`), the function is called again with the same prompts once it is back.
         tools, environment_factory: Accepted for compatibility; not there yet.
 
     Example:
