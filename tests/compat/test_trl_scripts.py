@@ -97,16 +97,22 @@ def test_peft_and_kl(run, tmp_path):
     assert [entry["step"] for entry in entries if "eval_reward" in entry] == [2, 4]
 
 
-def test_server(run, tiny_model, tmp_path):
+def test_server_and_two_ranks(run, tiny_model, tmp_path):
     server = start_server(tiny_model)
     try:
         rows = [{"prompt": f"What is {r['question']}", "solution": r["solution"]} for r in QUESTIONS]
-        launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
-        run("server.py", rows, *launcher, PORT=str(server.port), SLIPSTREAM_API_KEY=server.key)
+        # For GPUs the launcher sees by itself that there are several; on CPUs --multi_gpu says it.
+        launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                    "--main_process_port", "0")  # fmt: skip
+        places = {"PORT": str(server.port), "SLIPSTREAM_API_KEY": server.key}
+        run("server.py", rows, *launcher, ACCELERATE_USE_CPU="true", **places)
     finally:
         server.stop()
-    assert_saved(tmp_path / "out")
-    versions = {json.loads(line)["weight_version"] for line in (tmp_path / "out" / "completions.jsonl").open()}
+    out = tmp_path / "out"
+    assert_saved(out)
+    assert {file.name for file in (out / "checkpoint-2").glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    # The first rank's rows; those of the second are in the metrics.
+    versions = {json.loads(line)["weight_version"] for line in (out / "completions.jsonl").open()}
     assert versions == {0, 1}
 
 
