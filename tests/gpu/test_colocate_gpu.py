@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from slipstream.generation.colocate import ColocateEngine
 from slipstream.generation.engine import Request, Sampling
 from slipstream.vllm_compat import model as engine_model
+from slipstream.vllm_compat import process
+from slipstream.weights import direct
 from slipstream.weights.export import named_tensors
 from slipstream.weights.plan import WeightUpdateError
 from slipstream.weights.transports import in_place
@@ -91,14 +93,23 @@ def test_updates_arrive_bit_by_bit(engine, model):
 
 
 def test_a_changed_value_is_noticed(engine, model, monkeypatch):
-    load = engine_model.load_weights
+    load, copy = engine_model.load_weights, direct.Copies.copy
+    changed = process.worker_of(engine._llm)
+
+    def change():
+        engine_model.parameters(changed)["model.layers.2.mlp.down_proj.weight"][3, 5] += 0.5
 
     def load_and_change(worker, tensors):
         load(worker, tensors)
-        dict(engine_model.parameters(worker))["model.layers.2.mlp.down_proj.weight"][3, 5] += 0.5
+        change()
 
-    with monkeypatch.context() as patch:
+    def copy_and_change(copies, sources):
+        copy(copies, sources)
+        change()
+
+    with monkeypatch.context() as patch:  # whichever of the two this update takes
         patch.setattr(engine_model, "load_weights", load_and_change)
+        patch.setattr(direct.Copies, "copy", copy_and_change)
         with pytest.raises(in_place.LoadFailedError, match=r"layers\.2\.mlp\.down_proj\.weight"):
             engine.update_weights(1, named_tensors(model))
     with pytest.raises(RuntimeError, match="last weight update failed"):

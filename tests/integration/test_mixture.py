@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import shutil
 import weakref
 from importlib.util import find_spec
@@ -254,3 +255,15 @@ def test_what_it_refuses(shared, engine):
     ):
         with pytest.raises(ValueError, match=message):
             start(shared.path, reference=True, engine_kwargs=options)
+
+
+def test_compiled_code_of_one_model_is_not_taken_for_the_others(engine):
+    # vLLM keeps compiled models under such keys, and finds the second under the first's where they are equal.
+    model = process.worker_of(engine._llm).model_runner.get_model()
+    keys = [decorators()._model_hash_key(part.model.forward) for part in (model.policy, model.reference)]
+    assert keys[0] != keys[1]
+    assert keys[0] == decorators()._model_hash_key.__wrapped__(model.policy.model.forward)
+
+
+def decorators():
+    return importlib.import_module("vllm.compilation.decorators")

@@ -22,6 +22,8 @@ from slipstream.vllm_compat import REFERENCE_OPTION, load
 POLICY, REFERENCE = "policy", "reference"
 """The two models of an engine with a reference."""
 
+# The attribute of a reference's modules by which their compiled code is kept apart.
+_PART = "slipstream_part"
 _SECRET = secrets.token_hex(16)
 # While vLLM measures how much memory a forward pass takes, both models run.
 _AT_START = 0.5
@@ -45,8 +47,27 @@ def install() -> None:
             return build(prefix)
         return MixtureModel(vllm_config=vllm_config, prefix=prefix, build=build)
 
+    _compile_apart()
     initialize_model.makes_reference = True  # type: ignore[attr-defined]
     loader.initialize_model = initialize_model
+
+
+def _compile_apart() -> None:
+    """Let vLLM keep a reference's compiled code apart from its policy's.
+
+    It saves a compiled model under a key made of the configuration and the model's class, which are the same for both,
+    and the second to be compiled would be given the first's code, with the names of the first's attention layers in it:
+    mixtures would then read and write the policy's keys and values for both.
+    """
+    decorators: Any = importlib.import_module("vllm.compilation.decorators")
+    original = decorators._model_hash_key
+
+    @functools.wraps(original)
+    def key(forward: Callable[..., Any]) -> str:
+        part = getattr(getattr(forward, "__self__", None), _PART, "")
+        return f"{original(forward)}{part}"
+
+    decorators._model_hash_key = key
 
 
 class MixtureModel(nn.Module):
@@ -82,6 +103,8 @@ class MixtureModel(nn.Module):
         own = f"{prefix}.{REFERENCE}" if prefix else REFERENCE
         with importlib.import_module("vllm.compilation.backends").set_model_tag(REFERENCE):  # compiled on its own
             self.reference = build(own)
+        for module in self.reference.modules():
+            setattr(module, _PART, REFERENCE)
         _check_layers(vllm_config.compilation_config.static_forward_context, f"{own}.")
 
     def __getattr__(self, name: str) -> Any:
