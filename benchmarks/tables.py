@@ -57,6 +57,10 @@ def speed() -> str:
         what = f"Training pass, 1.5B parameters, 64 completions of {tokens}-token prompts, H200"
         theirs, ours = ways["padded, whole"]["seconds"], ways["shared, chunked"]["seconds"]
         add(what, f"training_step_h200_{tokens}", "padded rows, whole logits", theirs, ours)
+    for name, text in STEPS.items():
+        sides = results(f"step_time_h200_{name}")["sides"]
+        theirs, ours = sides["trl"]["step_seconds"], sides["ours"]["step_seconds"]
+        add(f"Step of GRPO, {text}, H200", f"step_time_h200_{name}", "TRL 1.16", theirs, ours)
     sides = results("step_time_cpu")["sides"]
     what = "Step of GRPO with transformers' generation, two CPU cores"
     add(what, "step_time_cpu", "TRL 1.16", sides["trl"]["step_seconds"], sides["ours"]["step_seconds"])
@@ -93,7 +97,38 @@ def training() -> str:
     return table(head, rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"speed": speed, "generation": generation, "training": training}
+STEPS = {
+    "135m_128": "SmolLM2-135M, 128 completions of natural length",
+    "135m_512": "SmolLM2-135M, 512 completions of natural length",
+    "1.5b_512": "1.5B parameters, 512 completions of 512 tokens",
+}
+
+
+def steps() -> str:
+    """Whole steps beside TRL's, on a GPU."""
+    rows = []
+    for name, what in STEPS.items():
+        sides = results(f"step_time_h200_{name}")["sides"]
+        for side in ("trl", "ours"):
+            found = sides[side]
+            training = found["phases"]["forward"] + found["phases"]["train"]
+            rows.append(
+                (
+                    what if side == "trl" else "", "TRL 1.16" if side == "trl" else "**Slipstream**",
+                    f"{found['step_seconds']:.2f}", f"{found['phases']['generate']:.2f}", f"{training:.2f}",
+                    f"{found['phases']['sync']:.3f}", f"{found['peak_gib']:.0f}", f"{found['mean_length']:.0f}",
+                    f"{sides['trl']['step_seconds'] / found['step_seconds']:.1f}",
+                )
+            )  # fmt: skip
+    head = (
+        "a step of GRPO", "", "seconds", "generation", "training", "sync", "peak GiB", "mean tokens", "times as fast",
+    )  # fmt: skip
+    return table(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": speed, "generation": generation, "training": training, "steps": steps,
+}  # fmt: skip
 
 
 def filled(text: str) -> str:
