@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup peer parity quickstart quickstart-server test lint format typecheck lock clean distclean
+.PHONY: help setup peer parity quickstart quickstart-server test test-slow lint format typecheck lock clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ quickstart-server: setup ## the same with vLLM in a server of its own
 # A file stays on one worker, which starts its engines and servers once. Folders with long files come first.
 test: setup ## run the tests
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-slow: setup ## run those that take long and resemble a quicker one
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "slow and not gpu" $(ARGS)
 
 lint: setup ## look for mistakes and for unformatted files
 	@$(BIN)/ruff check .

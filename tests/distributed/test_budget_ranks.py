@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).with_name("run_budget.py")
 
 
@@ -27,6 +29,7 @@ def train(model, folder, **settings):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_the_smaller_rank_decides(tiny_model, tmp_path):
     measured = train(tiny_model, tmp_path / "measured")
     assert [told["measured"] for told in measured] == [2, 2]

@@ -39,7 +39,10 @@ def alone(tiny_model, tmp_path_factory):
     [
         # 12 completions of 3 prompts: rank 0 has one and a half groups, rank 1 the rest.
         {"per_device_train_batch_size": 6},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "gradient_checkpointing": True},
+        pytest.param(
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "gradient_checkpointing": True},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_ranks_learn_what_one_does(tiny_model, tmp_path, alone, settings):

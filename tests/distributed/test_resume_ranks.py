@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -36,6 +37,7 @@ def result(folder):
     return load_file(folder / "model.safetensors"), logs
 
 
+@pytest.mark.slow
 def test_two_killed_ranks_continue_as_if_nothing_had_been(tiny_model, tmp_path):
     runs = {
         "leave": start(tiny_model, tmp_path / "whole", "leave"),

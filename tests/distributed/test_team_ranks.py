@@ -61,6 +61,7 @@ def test_both_halves_are_one_model(model, tmp_path):
     assert "not finite" in broken
 
 
+@pytest.mark.slow
 def test_a_team_learns_what_engines_of_their_own_do(model, tmp_path):
     folders = []
     for size in (1, 2):

@@ -91,8 +91,16 @@ def assert_preferences(name, mode, before, after, beta):
     assert margins.median() > 0.3 * beta
 
 
-@pytest.mark.parametrize("mode", ["colocate", "server"])
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, "colocate") for name in TRAINERS),
+        ("GRPO", "server"),
+        ("NashMD", "server"),
+        # What differs between the trainers is on this side of the server.
+        *(pytest.param(name, "server", marks=pytest.mark.slow) for name in ("RLOO", "OnlineDPO", "XPO")),
+    ],
+)
 def test_it_learns_to_add(request, tmp_path, monkeypatch, first_preferences, name, mode):
     where = {"vllm_mode": mode}
     if mode == "server":

@@ -81,9 +81,17 @@ def trained(model, folder, resume=None, **settings):
         pytest.param(VLLM, id="plain"),
         pytest.param(VLLM | REPLAYED, id="within a generation batch"),
         # Two steps an epoch.
-        pytest.param(VLLM | {"rows": 8, "eval_strategy": "steps", "eval_steps": 5}, id="in a later epoch"),
+        pytest.param(
+            VLLM | {"rows": 8, "eval_strategy": "steps", "eval_steps": 5},
+            id="in a later epoch",
+            marks=pytest.mark.slow,
+        ),
         # Five steps an epoch: the checkpoint is at its end. Dropout draws from the random state.
-        pytest.param({"rows": 20, "adapter": True, "beta": 0.1, "eval_on_start": True}, id="transformers generates"),
+        pytest.param(
+            {"rows": 20, "adapter": True, "beta": 0.1, "eval_on_start": True},
+            id="transformers generates",
+            marks=pytest.mark.slow,
+        ),
         # An engine that starts anew has neither the policy nor the reference of the one that was killed.
         pytest.param({"trainer": "NashMD"} | OTHERS["NashMD"], id="a reference that vLLM samples from"),
     ],

@@ -337,6 +337,7 @@ class TestMany:
         assert len(found) == 10_000
         assert all(1 <= len(completion.ids) <= 2 for completion in found.values())
 
+    @pytest.mark.slow
     def test_ten_thousand_calls_at_the_same_time(self, server):
         """Each is answered, or refused with a reason: the server may have as many files as the operator has allowed."""
 
