@@ -29,14 +29,15 @@ def ask(engine, sampling):
 
 
 # 256 blocks of 16 tokens are too few for 64 sequences of up to 128 tokens.
+@pytest.mark.parametrize("fast_logprobs", [True, False], ids=["gathered", "from vLLM"])
 @pytest.mark.parametrize("blocks", [None, 256], ids=["roomy", "short of memory"])
-def test_the_same_completions(tmp_path, monkeypatch, blocks):
+def test_the_same_completions(tmp_path, monkeypatch, blocks, fast_logprobs):
     path = tiny.build(tmp_path / "small", hidden=256, layers=4)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).cuda()
     few = {} if blocks is None else {"num_gpu_blocks_override": blocks}
     engine = ColocateEngine(
         model=str(path), dtype="float32", max_model_len=256, max_num_seqs=64, gpu_memory_utilization=0.2,
-        steady_decode=False, engine_kwargs=few,
+        steady_decode=False, fast_logprobs=fast_logprobs, engine_kwargs=few,
     )  # fmt: skip
     try:
         engine.update_weights(0, named_tensors(model))
@@ -51,6 +52,8 @@ def test_the_same_completions(tmp_path, monkeypatch, blocks):
             # The next step is under way when one ends, so that batches, and with them rounding, may differ.
             same = sum(a[0] == b[0] for a, b in zip(found, expected[name], strict=True))
             assert same >= 0.9 * len(found), (name, same, len(found))
+            for mine, other in zip(found, expected[name], strict=True):
+                assert mine[0] != other[0] or mine[1] == pytest.approx(other[1], abs=1e-2)
             for ids, logps, reason in found:
                 assert len(logps) == len(ids) <= 96
                 assert (reason == "length") == (len(ids) == 96 and ids[-1] not in (7, 30, 61, 99)) or name == "fixed"

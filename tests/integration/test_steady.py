@@ -34,13 +34,21 @@ def ask(engine, sampling, n=5, prompts=PROMPTS):
 
 
 # 48 blocks are too few for 16 sequences of up to 160 tokens: some are put aside and come back.
-@pytest.fixture(scope="module", params=[{}, {"num_gpu_blocks_override": 48}], ids=["roomy", "short of memory"])
+SHORT_OF_MEMORY = {"engine_kwargs": {"block_size": 32, "num_gpu_blocks_override": 48}}
+ENGINES = {
+    "roomy": {"engine_kwargs": {"block_size": 32}},
+    "short of memory": SHORT_OF_MEMORY,
+    "log-probabilities from vLLM": SHORT_OF_MEMORY | {"fast_logprobs": False},
+}
+
+
+@pytest.fixture(scope="module", params=ENGINES.values(), ids=ENGINES)
 def both(request, tiny_model):
     """What vLLM's own scheduling gives in each case; and the same engine, from now on with steady steps."""
     model = engines.policy(tiny_model)
     engine = ColocateEngine(
         model=str(tiny_model), dtype="float32", max_model_len=192, max_num_seqs=16, steady_decode=False,
-        engine_kwargs={"block_size": 32, **request.param},
+        **request.param,
     )  # fmt: skip
     engine.update_weights(0, named_tensors(model))
     expected = {name: ask(engine, sampling) for name, sampling in CASES.items()}

@@ -8,17 +8,21 @@ vLLM's own code for its last token, and all of them whenever anything else happe
 memory).
 
 Nobody is told of the tokens before a sequence ends, so only requests that want nothing but their final output qualify.
+Whoever has to know how many there are asks `tokens_so_far`.
 Known for vLLM 0.26 and 0.32; in front of another scheduler or engine `install` leaves everything as it is.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 import numpy as np
 
-from slipstream.vllm_compat.steady_batch import MARK, Batch
+from slipstream.vllm_compat.steady_batch import Batch
+
+logger = logging.getLogger(__name__)
 
 VERSIONS = ("0.26.", "0.32.")
 """vLLM's versions whose scheduler was read, and is tested, for what is skipped here."""
@@ -68,13 +72,33 @@ def _obstacle(scheduler: Any, version: str) -> str | None:
     return None
 
 
+def prepare(kind: Any, version: str) -> None:
+    """Let engine cores of a class decode steadily where that can be, and answer `tokens_so_far`."""
+    make = kind.__init__
+
+    def made(self: Any, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        if why := install(self, version):
+            logger.info("every sequence is scheduled by itself in every step, which is slower, since %s", why)
+
+    kind.__init__, kind.tokens_so_far = made, tokens_so_far
+
+
+def tokens_so_far(core: Any) -> dict[str, int]:
+    """Tokens that each unfinished request of an engine core has, whether anybody was told of them or not."""
+    steady = getattr(core.scheduler.schedule, "__self__", None)
+    if isinstance(steady, _Steady):
+        steady.leave()
+    return {name: request.num_output_tokens for name, request in core.scheduler.requests.items()}
+
+
 class _Steady:
     """Stands before a scheduler's own methods."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.batch: Batch | None = None
-        self.unsent: dict[str, list[int]] = {}
+        self.unsent: dict[str, list[np.ndarray]] = {}
         """Tokens that nobody was told of, by request."""
         self._schedule, self._update = scheduler.schedule, scheduler.update_from_output
         self._finish, self._reset = scheduler.finish_requests, scheduler.reset_prefix_cache
@@ -92,10 +116,8 @@ class _Steady:
         return self._schedule(*args, **options)
 
     def update(self, scheduled: Any, sampled: Any) -> Any:
-        mark: Any = getattr(scheduled, MARK, (None, None))
-        batch, rows = mark
-        if self.batch is not None and batch is self.batch:
-            return self._with_unsent(self.batch.update(scheduled, sampled, rows, self._update))
+        if self.batch is not None and self.batch.made(scheduled):
+            return self._with_unsent(self.batch.update(scheduled, sampled, self._update))
         told = self._update(scheduled, sampled)
         if self.batch is not None:
             self.batch.drop_finished()
@@ -123,7 +145,16 @@ class _Steady:
         if self.unsent:
             for outputs in told.values():
                 for output in outputs.outputs:
-                    earlier = self.unsent.pop(output.request_id, None)
-                    if earlier:
-                        output.new_token_ids = earlier + output.new_token_ids
+                    if output.request_id in self.unsent:
+                        _prepend(np.concatenate(self.unsent.pop(output.request_id)), output)
         return told
+
+
+def _prepend(tokens: np.ndarray, output: Any) -> None:
+    output.new_token_ids = tokens["id"].tolist() + output.new_token_ids
+    if (later := output.new_logprobs) is not None:
+        output.new_logprobs = later._replace(
+            logprob_token_ids=np.concatenate([tokens["id"][:, None], later.logprob_token_ids[:, :1]]),
+            logprobs=np.concatenate([tokens["logprob"][:, None], later.logprobs[:, :1]]),
+            sampled_token_ranks=np.concatenate([tokens["rank"], later.sampled_token_ranks]),
+        )

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from slipstream.vllm_compat.steady_requests import decodes, ends, undisturbed
+
 LOOKAHEAD = 64
 """Tokens that the cache has room for when a sequence is given new blocks, memory allowing."""
 
-MARK = "_slipstream_rows"
-"""Attribute of a scheduled step: its batch and rows."""
+TOKEN = np.dtype([("id", np.int64), ("logprob", np.float32), ("rank", np.int64)])
+"""A sampled token; the two others where log-probabilities are asked for."""
 
 _WIDTH = 256
 
@@ -31,11 +33,12 @@ class Batch:
         to_schedule: (R,) tokens that it may still be given.
         to_sample: (R,) tokens that it has not yet got of those.
         scheduled, sampled: (R,) steps since vLLM's object was last settled.
-        ids, count: (R, width) tokens since then, and (R,) how many.
+        tokens, count: (R, width) tokens since then, and (R,) how many.
     """
 
-    def __init__(self, scheduler: Any, requests: list[Any], unsent: dict[str, list[int]]) -> None:
+    def __init__(self, scheduler: Any, requests: list[Any], unsent: dict[str, list[np.ndarray]]) -> None:
         self.scheduler, self.requests, self.unsent = scheduler, requests, unsent
+        self.vllm = importlib.import_module("vllm.v1.core.sched.output")
         self.manager = scheduler.kv_cache_manager
         self.asynchronous = isinstance(
             scheduler, importlib.import_module("vllm.v1.core.sched.async_scheduler").AsyncScheduler
@@ -52,18 +55,20 @@ class Batch:
         # Tokens of steps that vLLM itself has scheduled come through its own code: they are not counted here.
         self.to_sample = self.to_schedule.copy()
         self.scheduled, self.sampled, self.count = (np.zeros(rows, np.int64) for _ in range(3))
-        self.ids = np.empty((rows, _WIDTH), np.int64)
-        self.ends = np.array(sorted({end for r in requests for end in _ends(r.sampling_params)}))
+        self.tokens = np.zeros((rows, _WIDTH), TOKEN)
+        self.ends = np.array(sorted({end for r in requests for end in ends(r.sampling_params)}))
         self.active = np.arange(rows)
+        self.under_way: list[tuple[Any, np.ndarray]] = []
+        """Steps that are scheduled and have no tokens yet, and their rows."""
         self._prepare()
 
     @classmethod
-    def of(cls, scheduler: Any, unsent: dict[str, list[int]]) -> Batch | None:
+    def of(cls, scheduler: Any, unsent: dict[str, list[np.ndarray]]) -> Batch | None:
         """The scheduler's running sequences, if all there is to do is to give each of them a token."""
         running = scheduler.running
-        if not running or _admits(scheduler) or scheduler._pause_state.name != "UNPAUSED":
+        if not running or not undisturbed(scheduler):
             return None
-        if len(running) > scheduler.max_num_scheduled_tokens or not all(map(_decodes, running)):
+        if len(running) > scheduler.max_num_scheduled_tokens or not all(map(decodes, running)):
             return None
         if not scheduler.use_v2_model_runner:
             # Of others vLLM sends all tokens once more.
@@ -75,9 +80,7 @@ class Batch:
     def schedule(self) -> Any | None:
         """The next step, or None where vLLM's own code has to decide."""
         scheduler, rows = self.scheduler, self.active
-        if len(scheduler.running) != self.alive.sum() or _admits(scheduler):
-            return None
-        if scheduler._pause_state.name != "UNPAUSED":
+        if len(scheduler.running) != self.alive.sum() or not undisturbed(scheduler):
             return None
         if not self.to_schedule[rows].all():
             rows = rows[self.to_schedule[rows] > 0]
@@ -138,9 +141,8 @@ class Batch:
         return len(self.manager.get_block_ids(request.request_id)[0]) * self.block
 
     def _output(self, rows: np.ndarray, blocks: list[Any]) -> Any:
-        made = importlib.import_module("vllm.v1.core.sched.output")
-        output = made.SchedulerOutput.make_empty()
-        output.scheduled_cached_reqs = made.CachedRequestData(
+        output = self.vllm.SchedulerOutput.make_empty()
+        output.scheduled_cached_reqs = self.vllm.CachedRequestData(
             req_ids=self.active_names,
             resumed_req_ids=set(),
             new_token_ids=[],
@@ -157,19 +159,25 @@ class Batch:
         output.free_encoder_mm_hashes = self.scheduler.encoder_cache_manager.get_freed_mm_hashes()
         if hasattr(output, "num_common_prefix_blocks"):
             output.num_common_prefix_blocks = [0]  # a hint; the batch has many prompts
-        setattr(output, MARK, (self, rows))
+        self.under_way.append((output, rows))
         return output
 
-    def update(self, scheduled: Any, sampled: Any, rows: np.ndarray, own: Any) -> dict[int, Any]:
+    def made(self, scheduled: Any) -> bool:
+        """Whether a step is of this batch, and has no tokens yet."""
+        return any(step is scheduled for step, _ in self.under_way)
+
+    def update(self, scheduled: Any, sampled: Any, own: Any) -> dict[int, Any]:
         """Take a step's tokens. Sequences that may end with theirs go through vLLM's `own` code."""
-        ids = self._sampled_ids(scheduled, sampled)
+        [rows] = [rows for step, rows in self.under_way if step is scheduled]
+        self.under_way = [(step, rows) for step, rows in self.under_way if step is not scheduled]
+        tokens = self._sampled_tokens(scheduled, sampled)
         alive = self.alive[rows]
         if not alive.all():  # it had been scheduled once more before its end was known
-            rows, ids = rows[alive], ids[alive]
+            rows, tokens = rows[alive], tokens[alive]
         self.to_sample[rows] -= 1
-        may_end = (self.to_sample[rows] <= 0) | np.isin(ids, self.ends)
-        going, ids = rows[~may_end], ids[~may_end]
-        self.ids[going, self.count[going]] = ids
+        may_end = (self.to_sample[rows] <= 0) | np.isin(tokens["id"], self.ends)
+        going = rows[~may_end]
+        self.tokens[going, self.count[going]] = tokens[~may_end]
         self.count[going] += 1
         self.sampled[going] += 1
         for row in going[self.count[going] == _WIDTH]:
@@ -182,13 +190,18 @@ class Batch:
             self.scheduler._drain_deferred_frees()
         return {}
 
-    def _sampled_ids(self, scheduled: Any, sampled: Any) -> np.ndarray:
+    def _sampled_tokens(self, scheduled: Any, sampled: Any) -> np.ndarray:
+        """The step's tokens, in its order of sequences."""
         names = list(scheduled.num_scheduled_tokens)
-        ids = np.array([i for [i] in sampled.sampled_token_ids])
+        tokens = np.zeros(len(sampled.sampled_token_ids), TOKEN)
+        tokens["id"] = [i for [i] in sampled.sampled_token_ids]
+        if sampled.logprobs is not None:
+            # The sampled token's is the first, whatever else a request outside of the batch wanted.
+            tokens["logprob"], tokens["rank"] = sampled.logprobs.logprobs[:, 0], sampled.logprobs.sampled_token_ranks
         if sampled.req_ids != names:
             index = sampled.req_id_to_index
-            ids = ids[[index[name] for name in names]]
-        return ids
+            tokens = tokens[[index[name] for name in names]]
+        return tokens
 
     def _hand_over(self, ending: np.ndarray, scheduled: Any, sampled: Any, own: Any) -> dict[int, Any]:
         for row in ending:
@@ -221,48 +234,7 @@ class Batch:
             request.last_sched_seq = self.scheduler.sched_step_seq
         self.scheduled[row] = self.sampled[row] = 0
         if count := int(self.count[row]):
-            ids = self.ids[row, :count].tolist()
-            request.append_output_token_ids(ids)
-            self.unsent.setdefault(request.request_id, []).extend(ids)
+            tokens = self.tokens[row, :count].copy()
+            request.append_output_token_ids(tokens["id"].tolist())
+            self.unsent.setdefault(request.request_id, []).append(tokens)
             self.count[row] = 0
-
-
-def _ends(params: Any) -> list[int]:
-    """Tokens that may end a sequence; vLLM's own code decides."""
-    end = params.eos_token_id
-    return [*([] if end is None else [end]), *(params.stop_token_ids or ())]
-
-
-def _admits(scheduler: Any) -> bool:
-    """Whether a request waits that the batch may have a place for."""
-    running, waiting = scheduler.get_request_counts()
-    return bool(waiting) and running < scheduler.max_num_running_reqs
-
-
-def _decodes(request: Any) -> bool:
-    """Whether the next step gives it one token, and nobody wants to know before it ends."""
-    return (
-        request.num_tokens + request.num_output_placeholders - request.num_computed_tokens == 1
-        and not request.is_prefill_chunk
-        and not request.spec_token_ids
-        and _qualifies(request)
-    )
-
-
-def _qualifies(request: Any) -> bool:
-    known: bool | None = getattr(request, "_slipstream_qualifies", None)
-    if known is None:
-        params = request.sampling_params
-        known = request._slipstream_qualifies = (
-            params is not None
-            and params.output_kind.name == "FINAL_ONLY"
-            and params.logprobs is None
-            and params.prompt_logprobs is None
-            and not params.stop
-            and getattr(params, "repetition_detection", None) is None
-            and not request.use_structured_output
-            and not request.has_encoder_inputs
-            and not request.resumable
-            and request.pooling_params is None
-        )
-    return known
