@@ -60,7 +60,7 @@ class Parts:
         from slipstream.vllm_compat.async_engine import tokens_so_far
 
         async with asyncio.timeout(30):
-            while not any(tokens_so_far(self.engine).values()):
+            while not any((await tokens_so_far(self.engine)).values()):
                 await asyncio.sleep(0.005)
 
 
@@ -79,11 +79,38 @@ def parts(tiny_model):
     assert not dist.is_initialized()  # nothing of the engine is left in this process
 
 
-def test_failures_in_the_order_of_their_severity(parts, tiny_model, monkeypatch):
+def test_an_update_in_flight_and_failures_in_the_order_of_their_severity(parts, tiny_model, monkeypatch):
     async def all_of_them():
+        await an_update_counts_tokens_that_nobody_was_told_of()
         await a_load_that_fails_half_way()
         await a_load_of_the_reference_that_fails_half_way()
         await the_engine_dies()
+
+    async def an_update_counts_tokens_that_nobody_was_told_of():
+        from slipstream.vllm_compat.async_engine import tokens_so_far
+
+        steady = parts.engine.engine_core._core.scheduler.schedule.__self__
+        states = parts.engine.output_processor.request_states
+        old, new = (engines.step(engines.policy(tiny_model), seed=seed, scale=0.05) for seed in (1, 2))
+        await parts.push(1, old)
+        running = asyncio.create_task(parts.generate(LONG, *(prompt(p, n=4, seed=3) for p in PROMPTS)))
+        async with asyncio.timeout(30):
+            while (batch := steady.batch) is None or batch.count.sum() < 80:
+                await asyncio.sleep(0)
+        await parts.engine.pause_generation(mode="keep")
+        counts = set((await tokens_so_far(parts.engine)).values())
+        assert min(counts) > max(state.detokenizer.num_output_tokens() for state in states.values())
+        await parts.push(2, new)
+        for ids, group in zip(PROMPTS, await running, strict=True):
+            for completion in group:
+                (_, before), (first, after) = completion.version_runs
+                assert (before, after, first in counts) == (1, 2, True)
+                wrong = [
+                    (engines.logprobs(model, ids, completion.ids) - torch.tensor(completion.logprobs)).abs()
+                    for model in (old, new)
+                ]
+                assert max(wrong[0][:first].max(), wrong[1][first:].max()) < 1e-4
+                assert min(wrong[0][first:].max(), wrong[1][:first].max()) > 1e-2
 
     async def failing_push(model, reference=False):
         from slipstream.serving.replica_weights import Refused

@@ -309,8 +309,8 @@ class TestMany:
     def test_calls_beyond_the_servers_files_are_refused_and_the_others_answered(self, server):
         """Each takes two: the client's connection and one to the replica. There are too few for the latter."""
         [replica], headers = server.replicas(), server.headers
-        completion = {"model": calls.info(server).model, "prompt": [5, 7], "max_tokens": 100, "ignore_eos": True}
-        ours = {"prompts": [{"ids": [5, 7]}], "sampling": {"max_tokens": 100, "extra": LONG}}
+        completion = {"model": calls.info(server).model, "prompt": [5, 7], "max_tokens": 200, "ignore_eos": True}
+        ours = {"prompts": [{"ids": [5, 7]}], "sampling": {"max_tokens": 200, "extra": LONG}}
 
         async def run():
             limits = httpx.Limits(max_connections=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -50,14 +51,23 @@ def named(model):
 
 
 @torch.no_grad()
+def logits_of(model, prompt, completion):
+    return model(torch.tensor([[*prompt, *completion.ids]])).logits[0, len(prompt) - 1 : -1]
+
+
+def differences(logits, completion):
+    """Of each token's log-probability."""
+    logps = logits.log_softmax(-1).gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
+    return (logps - torch.tensor(completion.logprobs)).abs()
+
+
 def errors(model, answers):
     """The largest difference of log-probabilities, and whether every token is the most likely one."""
     worst, likeliest = 0.0, True
     for prompt, group in zip(PROMPTS, answers, strict=True):
         for completion in group:
-            logits = model(torch.tensor([[*prompt, *completion.ids]])).logits[0, len(prompt) - 1 : -1]
-            logps = logits.log_softmax(-1).gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
-            worst = max(worst, (logps - torch.tensor(completion.logprobs)).abs().max().item())
+            logits = logits_of(model, prompt, completion)
+            worst = max(worst, differences(logits, completion).max().item())
             likeliest &= logits.argmax(-1).tolist() == list(completion.ids)
     return worst, likeliest
 
@@ -93,6 +103,24 @@ def test_half_an_update_leaves_the_old_weights(client, path):
         client.update_weights(version + 1, [(n, t) for n, t in named(model) if "layers.1.mlp.up_proj" not in n])
     answers = client.sample([Request(p, seed=3) for p in PROMPTS], Sampling(16), version)
     assert errors(model, answers)[0] < 1e-4
+
+
+def test_an_update_in_flight_says_which_tokens_are_whose(client, path):
+    old, new = changed(path, 7), changed(path, 8)
+    version = (client.server_info().version or 0) + 1
+    client.update_weights(version, named(old))
+    with ThreadPoolExecutor(1) as pool:
+        requests = [Request(p, n=2, seed=3) for p in PROMPTS]
+        running = pool.submit(client.sample, requests, Sampling(200, extra={"ignore_eos": True}), version)
+        until(lambda: client.server_info().replicas[0].running, 30, client.log)
+        client.update_weights(version + 1, named(new))
+        answers = running.result(60)
+    for prompt, group in zip(PROMPTS, answers, strict=True):
+        for completion in group:
+            (_, before), (first, after) = completion.version_runs
+            assert (before, after) == (version, version + 1)
+            assert differences(logits_of(old, prompt, completion), completion)[:first].max() < 1e-4
+            assert differences(logits_of(new, prompt, completion), completion)[first:].max() < 1e-4
 
 
 def test_an_engine_that_is_starting_ends_with_its_server(path):

@@ -54,12 +54,8 @@ class Job:
     runs: list[tuple[int, int]]
     output: Any = None
 
-    def switch(self, version: int, tokens: int | None) -> None:
-        """From now on `version` samples. `tokens`: how many there are; None if the engine does not know of it."""
-        if tokens is None:
-            if self.output is not None:
-                return  # it has all its tokens
-            tokens = 0
+    def switch(self, version: int, tokens: int) -> None:
+        """From now on `version` samples; there are `tokens`."""
         if tokens == self.runs[-1][0]:
             self.runs.pop()
         self.runs.append((tokens, version))
@@ -105,11 +101,14 @@ class Generation:
         """Whether what is sampled now has the reference in it."""
         return any(job.mixture > 0 for job in self._jobs.values())
 
-    def switched(self, version: int) -> None:
-        """The weights that serve are those of `version`, from the next token on. Call it while nothing is sampled."""
-        counts = async_engine.tokens_so_far(self._engine)
+    async def switched(self, version: int) -> None:
+        """The weights that serve are those of `version`, from the next token on. Call it while nothing is sampled, and
+        after `begin` has learned of it: jobs may begin meanwhile."""
+        added = {job.id for job in self._jobs.values() if job.output is not None}
+        counts = await async_engine.tokens_so_far(self._engine)
         for job in self._jobs.values():
-            job.switch(version, counts.get(job.id))
+            if job.id in counts or job.id not in added:  # others have all their tokens
+                job.switch(version, counts.get(job.id, 0))
 
     async def begin(self, message: wire.GenerateMessage, serving: Callable[[], int]) -> tuple[list[Job], list[bytes]]:
         """Check a request and give it to the engine.

@@ -200,7 +200,7 @@ class Weights:
                 self._why_no_reference = ""
             else:
                 self.version, self.update, self.stale = begin.version, transaction.update, ""
-                self._generation.switched(begin.version)
+                await self._generation.switched(begin.version)
         finally:
             await self._engine.resume_generation()
         serves = begin.version if self.version is None else self.version

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from slipstream.lifetime import die_with_parent
-from slipstream.vllm_compat import load, on_cpu
+from slipstream.vllm_compat import load, logprobs_at_once, on_cpu, steady
 from slipstream.vllm_compat.process import uncompile_sampler
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _NEEDED = (
     ("vllm.v1.engine.core", "EngineCoreProc", "run_busy_loop _handle_request_preproc_error preprocess_add_request"),
     ("vllm.v1.engine.core_client", "AsyncMPClient", "_send_input _call_utility_async _ensure_output_queue_task"),
+    ("vllm.v1.engine.core_client", "AsyncMPClient", "call_utility_async"),
     ("vllm.v1.engine.core", "EngineShutdownState", "REQUESTED"),
     ("vllm.v1.engine", "EngineCoreRequestType", "WAKEUP"),
 )
@@ -41,6 +42,7 @@ def start(options: Mapping[str, Any]) -> Any:
     vllm = load()
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    logprobs_at_once.install()
     arguments = vllm.AsyncEngineArgs(**{"disable_log_stats": True, **options})
     if runs_in_thread(options):
         uncompile_sampler()
@@ -66,10 +68,11 @@ def runs_in_thread(options: Mapping[str, Any]) -> bool:
     return not missing
 
 
-def tokens_so_far(engine: Any) -> dict[str, int]:
-    """Tokens that each unfinished request has, by request id."""
-    states = engine.output_processor.request_states.values()
-    return {state.external_req_id: state.detokenizer.num_output_tokens() for state in states if state.detokenizer}
+async def tokens_so_far(engine: Any) -> dict[str, int]:
+    """Tokens that each request has, by request id, of those that were added before and have not ended."""
+    counts = await engine.engine_core.call_utility_async("tokens_so_far")
+    states = engine.output_processor.request_states
+    return {states[name].external_req_id: count for name, count in counts.items() if name in states}
 
 
 async def abort_all(engine: Any) -> None:
@@ -143,4 +146,6 @@ def _engine_processes_die_with_us() -> Iterator[None]:
 
 def _run_engine_core(*args: Any, **kwargs: Any) -> None:
     die_with_parent()
-    importlib.import_module("vllm.v1.engine.core").EngineCoreProc.run_engine_core(*args, **kwargs)
+    core = importlib.import_module("vllm.v1.engine.core").EngineCoreProc
+    steady.prepare(core, load().__version__)
+    core.run_engine_core(*args, **kwargs)

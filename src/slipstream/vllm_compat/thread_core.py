@@ -19,6 +19,7 @@ from vllm.v1.engine.core import EngineCore, EngineCoreProc, EngineShutdownState
 from vllm.v1.engine.core_client import AsyncMPClient, _process_utility_output
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from slipstream.vllm_compat import load, steady
 from slipstream.vllm_compat.process import keep_process_group, leave_groups
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,9 @@ class ThreadCore(EngineCoreProc):
 
     def _send_engine_dead(self) -> None:
         self.output_queue.put_nowait(EngineCoreProc.ENGINE_CORE_DEAD)
+
+
+steady.prepare(ThreadCore, load().__version__)
 
 
 class ThreadClient(AsyncMPClient):
