@@ -37,7 +37,8 @@ class Completion:
     Attributes:
         ids: Sampled token ids, including the end-of-sequence token when one was sampled.
         logprobs: Log-probability of each token under the distribution it was sampled from (after temperature and
-            truncation), same length as `ids`; None when the engine was not asked for them.
+            truncation), same length as `ids`: a list, or an array of float32; None when the engine was not asked for
+            them.
         weight_version: Version of the policy weights that sampled it (number of optimizer steps they have seen); the
             first one's where the weights changed in between.
         finish_reason: "stop" (end of sequence or a stop string) or "length" (max_tokens reached).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from slipstream.serving import wire
 def _answer() -> tuple[bytes, list[wire.CompletionFrame | wire.PromptFrame]]:
     frames: list[wire.CompletionFrame | wire.PromptFrame] = [
         wire.PromptFrame(0, [5, 6]),
-        wire.CompletionFrame(0, 1, Completion([7, 8, 9], [-0.5, -1.5, -2.0], 3, "stop")),
+        wire.CompletionFrame(0, 1, Completion([7, 8, 9], array("f", [-0.5, -1.5, -2.0]), 3, "stop")),
         wire.CompletionFrame(1, 0, Completion([1, 2], None, 3, "length", ((0, 3), (1, 4)))),
     ]
     data = (

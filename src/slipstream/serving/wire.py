@@ -19,6 +19,7 @@ its version runs; all little-endian.
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -472,14 +473,12 @@ class FrameReader:
             if kind == COMPLETION:
                 self.frames += 1
                 # The trainer waits while these lines run, once a completion. Memory is little-endian, as the wire.
-                middle = body + 4 * tokens
-                ids, logprobs = view[body:middle].cast("i").tolist(), None
-                if flags & HAS_LOGPROBS:
-                    logprobs = view[middle : middle + 4 * tokens].cast("f").tolist()
-                first_version = RUN.unpack_from(data, end - runs * RUN.size)[1]
-                completion = Completion(ids, logprobs, first_version, FINISH_REASONS[finish])
+                middle, last = body + 4 * tokens, end - runs * RUN.size
+                ids = view[body:middle].cast("i").tolist()
+                logprobs = array("f", data[middle:last]) if flags & HAS_LOGPROBS else None
+                completion = Completion(ids, logprobs, RUN.unpack_from(data, last)[1], FINISH_REASONS[finish])
                 if runs > 1:
-                    completion.version_runs = tuple(RUN.iter_unpack(view[end - runs * RUN.size : end]))
+                    completion.version_runs = tuple(RUN.iter_unpack(view[last:end]))
                 yield CompletionFrame(prompt, sample, completion)
             elif kind == PROMPT:
                 self.frames += 1
