@@ -54,7 +54,24 @@ def generate(engine: ColocateEngine, way: str, prompts: list[list[int]], complet
     recorder = engine._recorder
     if way == "ours" and recorder is None:
         raise RuntimeError("this engine does not gather log-probabilities itself: see its warning")
+    batch_of = Batch.__dict__["of"]
+    if way in ("each", "flat", "trl"):  # vLLM's own scheduling
+        Batch.of = staticmethod(lambda *args: None)
+    if way == "flat":
+        engine._recorder = None
     start = time.perf_counter()
+    try:
+        lengths = call(engine, way, prompts, completions, tokens)
+        seconds = time.perf_counter() - start
+    finally:
+        engine._recorder, Batch.of = recorder, batch_of
+    if lengths != {tokens}:
+        raise RuntimeError(f"{way}: completions have lengths {sorted(lengths)} instead of {tokens}")
+    return seconds
+
+
+def call(engine: ColocateEngine, way: str, prompts: list[list[int]], completions: int, tokens: int) -> set[int]:
+    """Ask for completions; their lengths."""
     if way == "trl":
         params = load().SamplingParams(temperature=1.0, min_tokens=tokens, max_tokens=tokens, logprobs=0)
         repeated = [token_prompt(ids) for ids in prompts for _ in range(completions)]
@@ -62,23 +79,10 @@ def generate(engine: ColocateEngine, way: str, prompts: list[list[int]], complet
             outputs = engine._llm.generate(repeated, params, use_tqdm=False)
             # TRL reads every token's object.
             logps = [[next(iter(d.values())).logprob for d in o.outputs[0].logprobs] for o in outputs]
-        lengths = {len(row) for row in logps}
-    else:
-        sampling = Sampling(tokens, logprobs=way in ("ours", "flat"), extra={"min_tokens": tokens})
-        if way == "flat":
-            engine._recorder = None
-        batch_of = Batch.__dict__["of"]
-        if way == "each":
-            Batch.of = staticmethod(lambda *args: None)
-        try:
-            answers = engine.generate([Request(ids, n=completions) for ids in prompts], sampling)
-        finally:
-            engine._recorder, Batch.of = recorder, batch_of
-        lengths = {len(c.ids) for group in answers for c in group}
-    seconds = time.perf_counter() - start
-    if lengths != {tokens}:
-        raise RuntimeError(f"{way}: completions have lengths {sorted(lengths)} instead of {tokens}")
-    return seconds
+        return {len(row) for row in logps}
+    sampling = Sampling(tokens, logprobs=way in ("ours", "flat"), extra={"min_tokens": tokens})
+    answers = engine.generate([Request(ids, n=completions) for ids in prompts], sampling)
+    return {len(c.ids) for group in answers for c in group}
 
 
 def measure(engine: ColocateEngine, args: argparse.Namespace) -> dict[str, list[float]]:
