@@ -126,9 +126,12 @@ def test_what_vllm_keeps_of_a_sequence_is_as_it_would_be(both, monkeypatch):
     assert len(calls) > 100
 
 
-def test_an_unknown_version_or_scheduler_is_left_alone(both):
+def test_an_unknown_version_or_scheduler_is_left_alone(both, monkeypatch):
     engine, _ = both
     core = engine._llm.llm_engine.engine_core.engine_core
     before = core.scheduler.schedule
+    with monkeypatch.context() as patch:
+        patch.setenv("SLIPSTREAM_STEADY_DECODE", "0")
+        assert steady.install(core, "0.32.0") == "SLIPSTREAM_STEADY_DECODE=0 says so"
     assert steady.install(core, "0.33.0") == "vLLM 0.33.0 was not tried"
     assert core.scheduler.schedule == before

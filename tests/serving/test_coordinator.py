@@ -15,8 +15,9 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from slipstream.serving import replicas, transaction, wire
-from slipstream.serving.asking import ReplicaLost
+from slipstream.serving import life_signs, replicas, transaction, wire
+from slipstream.serving.asking import NoFilesLeft, ReplicaLost
+from slipstream.serving.connection import LostError, ServerError
 from slipstream.serving.coordinator import Coordinator
 from slipstream.serving.replica_process import Replica
 from slipstream.serving.settings import Settings
@@ -121,6 +122,44 @@ def test_a_replica_that_cannot_say_what_it_holds_does_not_undo_an_update(tmp_pat
                 assert "the engine is confused" in caplog.text
 
     asyncio.run(run())
+
+
+def test_a_replica_that_could_not_be_asked_is_not_killed(tmp_path, monkeypatch):
+    """This process has no files left: that says nothing of the replica, which is brought up when there are some."""
+
+    async def run():
+        async with acting(2, tmp_path) as acted:
+            with coordinator(acted) as weights:
+                number = await begun(weights)
+
+                async def refresh(timeout):
+                    raise NoFilesLeft("no files are left")
+
+                with monkeypatch.context() as patch:
+                    patch.setattr(acted[1].replica, "refresh", refresh)
+                    reply = await weights.commit(wire.CommitMessage(transaction=number, checksums=[0]))
+                assert reply.version == 1
+                assert acted[1].replica.process.returncode is None
+                assert acted[1].replica.missed is None, "it is to be brought up"
+                assert [actor.replica.state for actor in acted] == ["ready", "starting"]
+
+    asyncio.run(run())
+
+
+def test_a_sign_of_life_that_does_not_arrive_ends_no_update(monkeypatch, caplog):
+    monkeypatch.setattr(life_signs, "SIGN_SECONDS", 0.0)
+    answers = [LostError("out of files"), ServerError(503, "out of files"), ServerError(409, "it is closed")]
+
+    class Unreachable:
+        def call(self, *arguments):
+            raise answers.pop(0)
+
+    sign = life_signs.LifeSigns(Unreachable(), 7)
+    sign()
+    sign()
+    assert caplog.text.count("was not told that the weight update goes on: out of files") == 2
+    with pytest.raises(ServerError, match="it is closed"):
+        sign()
 
 
 def test_a_replica_that_cannot_say_how_it_does_counts_as_ended(tmp_path, monkeypatch):

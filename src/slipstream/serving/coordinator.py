@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fastapi import HTTPException
 
 from slipstream.serving import wire
-from slipstream.serving.asking import ReplicaLost, ask_all, worst
+from slipstream.serving.asking import NoFilesLeft, ReplicaLost, ask_all, worst
 from slipstream.serving.communicator import Communicator
 from slipstream.serving.pushes import Pushed, Pushes, order
 from slipstream.serving.replica_process import Replica
@@ -226,6 +226,10 @@ class Coordinator:
         """Give a replica what it misses; one that cannot say what it holds then is started again."""
         try:
             await self._pushes.settle(replica, self._timeout, give)
+        except NoFilesLeft as error:
+            # It says nothing of the replica, which may have missed this update: who watches it brings it up.
+            log.error("%s is asked again later: %s", replica.name, error)
+            replica.doubt()
         except ReplicaLost as error:
             log.error("%s is started again: %s", replica.name, error)
             replica.kill()

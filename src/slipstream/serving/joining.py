@@ -23,8 +23,8 @@ M = TypeVar("M", bound=msgspec.Struct)
 def patience(info: wire.ServerInfo) -> float:
     """Seconds to wait for the server's answer about an update.
 
-    Longer than it can take: it gives its replicas their time for a step, and again for what follows from it. Its error
-    says more than this side's deadline could.
+    Longer than an update takes that nothing else holds up: the server gives its replicas their time for a step, and
+    again for what follows from it. Its error says more than this side's deadline could.
     """
     return 2 * info.update_timeout + CALL_SECONDS
 

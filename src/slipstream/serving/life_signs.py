@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from slipstream.serving import wire
-from slipstream.serving.connection import Connection
+from slipstream.serving.connection import Connection, LostError, ServerError
 
+logger = logging.getLogger(__name__)
+
+CLOSED = 409  # status: there is no such update
 T = TypeVar("T")
 SIGN_SECONDS = 2.0  # between two signs; a trainer that is silent for 10 s makes way for another
 
@@ -29,15 +33,19 @@ class LifeSigns:
         self._last = time.monotonic()
 
     def __call__(self) -> None:
-        """Something was sent.
+        """Something was sent. A sign that does not arrive is one that is missed: the update itself says what is wrong.
 
         Raises:
             ServerError: the update is not open any more (409).
-            ConnectionError: the server was lost.
         """
         if time.monotonic() - self._last < SIGN_SECONDS:
             return
-        self._connection.call("POST", "/weights/progress", self._message)
+        try:
+            self._connection.call("POST", "/weights/progress", self._message)
+        except (LostError, ServerError, TimeoutError) as error:
+            if isinstance(error, ServerError) and error.status == CLOSED:
+                raise
+            logger.warning("the server was not told that the weight update goes on: %s", error)
         self._last = time.monotonic()
 
     def beside(self, items: Iterable[T]) -> Iterator[T]:

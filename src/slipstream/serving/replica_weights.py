@@ -200,7 +200,11 @@ class Weights:
                 self._why_no_reference = ""
             else:
                 self.version, self.update, self.stale = begin.version, transaction.update, ""
-                await self._generation.switched(begin.version)
+                try:
+                    await self._generation.switched(begin.version)
+                except BaseException as error:
+                    await self._lose(begin, f"which tokens came before it is not known: {error}")
+                    raise
         finally:
             await self._engine.resume_generation()
         serves = begin.version if self.version is None else self.version

@@ -145,7 +145,10 @@ class Replicas:
             try:
                 try:
                     await replica.wait_until_up(self._settings.start_timeout)
-                    await self._bring_up(replica)
+                    try:
+                        await self._bring_up(replica)
+                    except NoFilesLeft:
+                        replica.doubt()  # `_watch` brings it up when there are files again
                     log.info("%s is %s after %.1f s", replica.name, replica.state, time.monotonic() - started)
                     was_up = True
                     self.changed()

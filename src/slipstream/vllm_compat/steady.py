@@ -9,18 +9,20 @@ memory).
 
 Nobody is told of the tokens before a sequence ends, so only requests that want nothing but their final output qualify.
 Whoever has to know how many there are asks `tokens_so_far`.
-Known for vLLM 0.26 and 0.32; in front of another scheduler or engine `install` leaves everything as it is.
+Known for vLLM 0.26 and 0.32; in front of another scheduler or engine, and with SLIPSTREAM_STEADY_DECODE=0 in the
+environment, `install` leaves everything as it is.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
 from typing import Any
 
 import numpy as np
 
-from slipstream.vllm_compat.steady_batch import Batch
+from slipstream.vllm_compat.steady_batch import SWITCH, Batch
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ def _obstacle(scheduler: Any, version: str) -> str | None:
         importlib.import_module("vllm.v1.core.sched.scheduler").Scheduler,
         importlib.import_module("vllm.v1.core.sched.async_scheduler").AsyncScheduler,
     }
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0 says so"
     if not version.startswith(VERSIONS):
         return f"vLLM {version} was not tried"
     if type(scheduler) not in known:
@@ -57,6 +61,8 @@ def _obstacle(scheduler: Any, version: str) -> str | None:
         return "a connector sees every step"
     if scheduler.num_spec_tokens or scheduler.use_pp or scheduler.log_stats or scheduler.is_encoder_decoder:
         return "it decodes speculatively, in a pipeline, with an encoder, or with statistics"
+    if getattr(scheduler, "return_sampling_mask", False):
+        return "each token's sampling mask is asked for"
     if getattr(scheduler, "enable_return_routed_experts", False) or scheduler.need_mamba_block_aligned_split:
         return "its model keeps more than keys and values"
     groups = scheduler.kv_cache_config.kv_cache_groups

@@ -16,6 +16,9 @@ from slipstream.vllm_compat.steady_requests import decodes, ends, undisturbed
 LOOKAHEAD = 64
 """Tokens that the cache has room for when a sequence is given new blocks, memory allowing."""
 
+SWITCH = "SLIPSTREAM_STEADY_DECODE"
+"""The environment variable that turns it off: 0."""
+
 TOKEN = np.dtype([("id", np.int64), ("logprob", np.float32), ("rank", np.int64)])
 """A sampled token; the two others where log-probabilities are asked for."""
 
@@ -131,7 +134,7 @@ class Batch:
             if new is None:
                 raise RuntimeError(
                     f"vLLM has {free} free blocks and none for sequence {request.request_id}: set "
-                    "steady_decode=False and report this"
+                    f"{SWITCH}=0 in the environment and report this"
                 )
             blocks[place] = new.get_block_ids(allow_none=True)
             self.room[row] = self._room(request)
