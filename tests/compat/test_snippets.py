@@ -119,8 +119,10 @@ def run(tiny_model, reward_model, tmp_path, monkeypatch, request):
     ("name", "scorer", "mode"),
     [
         *((name, "a reward function", mode) for mode in ("colocate", "server") for name in MODULES),
-        *((name, "a judge", "colocate") for name in PAIRWISE),
-        *((name, "a reward model", "server") for name in PAIRWISE),
+        ("NashMD", "a judge", "colocate"),
+        ("XPO", "a reward model", "server"),
+        *(pytest.param(name, "a judge", "colocate", marks=pytest.mark.slow) for name in ("OnlineDPO", "XPO")),
+        *(pytest.param(name, "a reward model", "server", marks=pytest.mark.slow) for name in ("OnlineDPO", "NashMD")),
     ],
 )
 def test_a_documented_snippet_trains(run, name, scorer, mode):

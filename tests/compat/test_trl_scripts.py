@@ -67,6 +67,7 @@ def test_minimal(run, tmp_path):
     assert {row["weight_version"] for row in completions} == {0, 1}
 
 
+@pytest.mark.slow
 def test_custom_rewards(run, tmp_path):
     output = run("custom_rewards.py", QUESTIONS)
     assert_saved(tmp_path / "out")

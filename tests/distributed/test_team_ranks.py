@@ -47,6 +47,7 @@ def model(tmp_path_factory):
     return tiny.build(tmp_path_factory.mktemp("models") / "halved", hidden=128)
 
 
+@pytest.mark.slow
 def test_both_halves_are_one_model(model, tmp_path):
     finish(start("run_team.py", model, tmp_path))
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]

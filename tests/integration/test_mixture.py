@@ -41,7 +41,7 @@ def fresh(path):
     return [engines.step(engines.policy(path), seed, scale=0.1) for seed in (1, 2)]
 
 
-@pytest.fixture(scope="module", params=["tiny_model", "tiny_model_untied"])
+@pytest.fixture(scope="module", params=["tiny_model", pytest.param("tiny_model_untied", marks=pytest.mark.slow)])
 def shared(request):
     """An engine with a reference, and what one without it samples from the same policy."""
     path = request.getfixturevalue(request.param)

@@ -79,7 +79,7 @@ def trained(model, folder, resume=None, **settings):
     "settings",
     [
         pytest.param(VLLM, id="plain"),
-        pytest.param(VLLM | REPLAYED, id="within a generation batch"),
+        pytest.param(VLLM | REPLAYED, id="within a generation batch", marks=pytest.mark.slow),
         # Two steps an epoch.
         pytest.param(
             VLLM | {"rows": 8, "eval_strategy": "steps", "eval_steps": 5},
@@ -114,6 +114,7 @@ def test_a_killed_run_continues_as_if_nothing_had_been(tiny_model, tmp_path, set
     assert journals[0] == journals[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_trainers_continue_as_if_nothing_had_been(tiny_model, tmp_path, name):
     settings = OTHERS[name] | {"trainer": name}

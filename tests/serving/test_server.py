@@ -325,9 +325,9 @@ class TestMany:
             answers = asyncio.run(run())
         finally:
             resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
-        for some in (answers[::2], answers[1::2]):
-            assert {answer.status_code for answer in some} == {200, 503}
-            assert all("ulimit -n" in a.json()["detail"] for a in some if a.status_code == 503)
+        # Which of the routes came first is chance, on a busy machine for all of the answers.
+        assert {answer.status_code for answer in answers} == {200, 503}
+        assert all("ulimit -n" in a.json()["detail"] for a in answers if a.status_code == 503)
         assert calls.info(server).replicas[0].state == "ready"
         assert [replica] == server.replicas()
         assert len(generate(server, request(PROMPTS, max_tokens=4))) == 4
