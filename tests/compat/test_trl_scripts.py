@@ -84,6 +84,7 @@ def test_custom_rewards(run, tmp_path):
     assert "gold" in output
 
 
+@pytest.mark.slow
 def test_peft_and_kl(run, tmp_path):
     run("peft_kl.py", QUESTIONS)
     out = tmp_path / "out"
@@ -98,6 +99,7 @@ def test_peft_and_kl(run, tmp_path):
     assert [entry["step"] for entry in entries if "eval_reward" in entry] == [2, 4]
 
 
+@pytest.mark.slow
 def test_server_and_two_ranks(run, tiny_model, tmp_path):
     server = start_server(tiny_model)
     try:

@@ -43,6 +43,7 @@ def folders(tiny_model, tmp_path_factory):
     return one, two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METRICS)
 def test_two_ranks_learn_what_one_does(folders, name):
     alone, together = (load_file(folder / name / "model.safetensors") for folder in folders)

@@ -95,9 +95,8 @@ def assert_preferences(name, mode, before, after, beta):
     ("name", "mode"),
     [
         *((name, "colocate") for name in TRAINERS),
-        ("GRPO", "server"),
-        # What differs between the trainers is on this side of the server.
-        *(pytest.param(name, "server", marks=pytest.mark.slow) for name in TRAINERS if name != "GRPO"),
+        # What differs between the trainers is on this side of the server; test_server_mode compares GRPO's runs.
+        *(pytest.param(name, "server", marks=pytest.mark.slow) for name in TRAINERS),
     ],
 )
 def test_it_learns_to_add(request, tmp_path, monkeypatch, first_preferences, name, mode):

@@ -28,6 +28,8 @@ CHECKS = (
     negative_data_rejection,
 )  # fmt: skip
 
+OF_THE_CONNECTION = {"transfer-encoding", "connection", "upgrade"}  # headers: uvicorn answers wrong ones by itself
+
 
 @pytest.fixture(autouse=True)
 def still_there(server):
@@ -52,6 +54,8 @@ def test_routes_do_what_they_say(server, mode):
         @given(case=operation.as_strategy(mode))
         def check(case):
             tried.add(case.operation.label)
+            for name in [name for name in case.headers or {} if name.lower() in OF_THE_CONNECTION]:
+                del case.headers[name]
             case.call_and_validate(base_url=server.url, headers=server.headers, timeout=60, checks=CHECKS)
 
         with contextlib.suppress(Unsatisfiable):  # what has no parameters cannot be called wrongly

@@ -152,6 +152,7 @@ def test_a_replica_that_dies_costs_no_completion_and_no_update(server, tiny_mode
     calls.push(server, 4, tensors)
 
 
+@pytest.mark.slow
 def test_when_all_replicas_die_the_call_goes_on_later(server):
     expected = generate(server, ragged(server))
     model = httpx.get(f"{server.url}/v1/models", headers=server.headers).json()["data"][0]["id"]
@@ -167,6 +168,7 @@ def test_when_all_replicas_die_the_call_goes_on_later(server):
     assert "Traceback" not in server.output()
 
 
+@pytest.mark.slow
 def test_a_stuck_replica_is_ended_and_an_idle_transaction_is_dropped(server, tiny_model):
     _, tensors = calls.weights(tiny_model, 3)
     reply = calls.begin(server, 7, tensors)

@@ -17,6 +17,8 @@ from slipstream.generation.engine import Request, Sampling
 from slipstream.serving.client import VLLMClient
 from slipstream.weights.plan import WeightUpdateError
 
+pytestmark = pytest.mark.slow  # vLLM takes a minute to start the two workers
+
 PROMPTS = [[5, 20, 30, 40], [7, 8], [9, 10, 11, 12, 13, 14]]
 
 
@@ -110,17 +112,22 @@ def test_an_update_in_flight_says_which_tokens_are_whose(client, path):
     version = (client.server_info().version or 0) + 1
     client.update_weights(version, named(old))
     with ThreadPoolExecutor(1) as pool:
-        requests = [Request(p, n=2, seed=3) for p in PROMPTS]
+        requests = [Request(p, n=16, seed=3) for p in PROMPTS]
         running = pool.submit(client.sample, requests, Sampling(200, extra={"ignore_eos": True}), version)
         until(lambda: client.server_info().replicas[0].running, 30, client.log)
         client.update_weights(version + 1, named(new))
         answers = running.result(60)
+    switched = 0
     for prompt, group in zip(PROMPTS, answers, strict=True):
         for completion in group:
+            if len(completion.version_runs) < 2:  # it ended before, where others had the processor
+                continue
+            switched += 1
             (_, before), (first, after) = completion.version_runs
             assert (before, after) == (version, version + 1)
             assert differences(logits_of(old, prompt, completion), completion)[:first].max() < 1e-4
             assert differences(logits_of(new, prompt, completion), completion)[first:].max() < 1e-4
+    assert switched
 
 
 def test_an_engine_that_is_starting_ends_with_its_server(path):

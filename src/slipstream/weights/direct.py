@@ -12,7 +12,9 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,29 @@ def obstacle(plan: Plan, parameters: dict[str, Tensor]) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What is sent in one update, as far as it was looked at.
+
+    Attributes:
+        tensors: By name.
+        pairs: The regions that no kernel can go through, and the part of `tensors` that each of them gets.
+    """
+
+    tensors: dict[str, Tensor]
+    pairs: list[tuple[int, Tensor]]
+
+
+@dataclass(slots=True)
+class _Tables:
+    """Addresses for the kernels. They hold as long as what is sent lies where it did, and keep none of it alive."""
+
+    addresses: list[tuple[int, torch.dtype]]
+    regions: list[tuple[_Group, bool, Tensor]]
+    whole: list[tuple[_Group, bool, Tensor]]  # each tensor that is sent, with itself
+    others: list[int]  # regions that are strided
+
+
 class Copies:
     """The copies of a plan into one engine's parameters, with all that can be prepared for the next update.
 
@@ -65,101 +90,123 @@ class Copies:
         self._targets = [region.target.apply(parameters[region.parameter]) for region in self._regions]
         self._zeros = [view.apply(parameters[name]) for name, view in plan.zeros]
         self._device = self._targets[0].device
-        self._tables: tuple[object, list[tuple[_Group, bool, Tensor]], list[int]] | None = None
+        self._types = self._types_held()
+        self._tables: _Tables | None = None
 
     def fit(self, plan: Plan, parameters: dict[str, Tensor]) -> bool:
         """Whether they are copies of this plan into these parameters, at the same addresses."""
         return plan is self.plan and self._identity == _identity(parameters.values())
 
-    def sources(self, tensors: Sequence[tuple[str, Tensor]]) -> list[Tensor] | None:
-        """The part of `tensors` that each region gets; None if one cannot be read in place by the engine's device."""
+    def look_at(self, tensors: Sequence[tuple[str, Tensor]]) -> Sent | None:
+        """What is to be copied; None if a tensor cannot be read in place by the engine's device."""
         sent = dict(tensors)
         for tensor in sent.values():
             plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_contiguous()
             if not plain or tensor.device != self._device or tensor.dtype not in _FLOATS:
                 return None
-        with torch.no_grad():
-            return [r.origin.apply(sent[r.source]) for r in self._regions]  # type: ignore[union-attr, index]
+        if self._device.type != "cuda" or not has_kernel():
+            return Sent(sent, self._parts(sent, range(len(self._regions))))
+        addresses = [(t.data_ptr(), t.dtype) for t in sent.values()]
+        if self._tables is None or self._tables.addresses != addresses:
+            self._tables = self._tables_of(sent, addresses)
+        return Sent(sent, self._parts(sent, self._tables.others))
 
-    def check(self, tensors: Sequence[tuple[str, Tensor]], sources: Sequence[Tensor]) -> None:
+    def check(self, sent: Sent) -> None:
         """Raise WeightUpdateError if a value is not finite, or would not be in the engine's type. Touches nothing."""
-        check_finite(tensors)
-        # In float16 large values become infinite.
-        narrowed = [
-            (region.source or "", source)
-            for region, target, source in zip(self._regions, self._targets, sources, strict=True)
-            if target.dtype == torch.float16 != source.dtype
-        ]
-        if narrowed:
-            largest = torch._foreach_norm([source for _, source in narrowed], float("inf"))
-            fine = torch.stack([value.to(torch.float16) for value in largest]).isfinite().tolist()
-            bad = [name for (name, _), ok in zip(narrowed, fine, strict=True) if not ok]
-            if bad:
+        tensors = sent.tensors
+        if self._tables is not None:
+            from slipstream.weights.kernels import mark_not_finite
+
+            bad = self._marked(self._tables.whole, mark_not_finite, len(tensors))
+            if not bad:
+                return
+            names = list(tensors)
+            tensors = {names[i]: tensors[names[i]] for i in bad}
+        check_finite(list(tensors.items()))
+        # In a type of less range, large values become infinite: above all in float16.
+        cast = [(n, t.detach()) for n, t in tensors.items() if self._types[n] not in (t.dtype, torch.float32)]
+        if cast:
+            largest = torch._foreach_norm([tensor for _, tensor in cast], float("inf"))
+            fine = torch.stack([m.to(self._types[n]).isfinite() for m, (n, _) in zip(largest, cast, strict=True)])
+            infinite = [n for (n, _), ok in zip(cast, fine.tolist(), strict=True) if not ok]
+            if infinite:
+                held = str(self._types[infinite[0]]).removeprefix("torch.")
                 raise WeightUpdateError(
-                    f"weight update refused, the engine is unchanged: values that are not finite in float16, the "
-                    f"engine's type, in {some(bad)}. Let the engine have bfloat16 or float32."
+                    f"weight update refused, the engine is unchanged: values that are not finite in {held}, the "
+                    f"engine's type, in {some(infinite)}. Let the engine have a type of more range."
                 )
 
     @torch.no_grad()
-    def copy(self, sources: Sequence[Tensor]) -> None:
+    def copy(self, sent: Sent) -> None:
         """Make the copies, all of one pair of types in one call."""
-        for indices in self._groups(sources).values():
-            torch._foreach_copy_([self._targets[i] for i in indices], [sources[i] for i in indices])
+        if self._tables is not None:
+            from slipstream.weights.kernels import copy
+
+            with torch.cuda.device(self._device):
+                for (held, given), aligned, table in self._tables.regions:
+                    copy(table, held, given, aligned)
+        for pairs in self._groups(sent.pairs).values():
+            torch._foreach_copy_([self._targets[i] for i, _ in pairs], [part for _, part in pairs])
         if self._zeros:
             torch._foreach_zero_(self._zeros)
 
     @torch.no_grad()
-    def differing(self, sources: Sequence[Tensor]) -> list[str]:
-        """Names of what was sent and is not held bit for bit, in the engine's type. One transfer from the device."""
-        marked = self._by_kernel(sources)
-        if marked is None:
-            marked = range(len(self._regions))
-        bits = [_differs(self._targets[i], sources[i]) for i in marked]
+    def differing(self, sent: Sent) -> list[str]:
+        """Names of what was sent and is not held bit for bit, in the engine's type."""
+        wrong: list[int] = []
+        if self._tables is not None:
+            from slipstream.weights.kernels import mark_unlike
+
+            wrong = self._marked(self._tables.regions, mark_unlike, len(self._regions))
+        bits = [_differs(self._targets[i], part) for i, part in sent.pairs]
         bits += [zero.count_nonzero() > 0 for zero in self._zeros]
-        if not bits:
-            return []
-        names = [self._name(self._regions[i]) for i in marked]
-        names += [f"zeros that pad {name}" for name, _ in self.plan.zeros]
-        return [name for name, differs in zip(names, torch.stack(bits).tolist(), strict=True) if differs]
+        if bits:
+            found = torch.stack(bits).tolist()
+            wrong += [i for (i, _), differs in zip(sent.pairs, found[: len(sent.pairs)], strict=True) if differs]
+            zeros = [name for (name, _), d in zip(self.plan.zeros, found[len(sent.pairs) :], strict=True) if d]
+        names = [self._name(self._regions[i]) for i in sorted(wrong)]
+        return names + [f"zeros that pad {name}" for name in (zeros if bits else [])]
 
-    def _by_kernel(self, sources: Sequence[Tensor]) -> Sequence[int] | None:
-        """The regions that a kernel finds different, and those it cannot read; None if there is no kernel here."""
-        if self._device.type != "cuda" or not has_kernel():
-            return None
-        from slipstream.weights.compare_kernel import mark
-
-        tables, others = self._prepared(sources)
-        flags = torch.zeros(len(sources), dtype=torch.int32, device=self._device)
+    def _marked(self, tables: list[tuple[_Group, bool, Tensor]], kernel: Any, count: int) -> list[int]:
+        """The pairs, of `count`, that a kernel marks."""
+        flags = torch.zeros(count, dtype=torch.int32, device=self._device)
         with torch.cuda.device(self._device):
-            for (held, sent), aligned, table in tables:
-                mark(table, flags, held, sent, aligned)
-        return sorted([*others, *flags.nonzero()[:, 0].tolist()])
+            for (held, given), aligned, table in tables:
+                kernel(table, flags, held, given, aligned)
+        return [i for i, flag in enumerate(flags.tolist()) if flag]
 
-    def _prepared(self, sources: Sequence[Tensor]) -> tuple[list[tuple[_Group, bool, Tensor]], list[int]]:
-        """Tables of addresses for the kernel, and the regions that are strided; made anew when addresses change."""
-        from slipstream.weights.compare_kernel import table_of
+    def _parts(self, sent: dict[str, Tensor], indices: Iterable[int]) -> list[tuple[int, Tensor]]:
+        """The part of `sent` that each of these regions gets."""
+        regions = [(i, self._regions[i]) for i in indices]
+        with torch.no_grad():
+            return [(i, r.origin.apply(sent[r.source])) for i, r in regions]  # type: ignore[union-attr, index]
 
-        identity = [(source.data_ptr(), source.dtype) for source in sources]
-        if self._tables is None or self._tables[0] != identity:
-            tables, others = [], []
-            for group, indices in self._groups(sources).items():
-                halves: dict[bool, list[tuple[int, Tensor, Tensor]]] = {True: [], False: []}
-                for i in indices:
-                    target, source = self._targets[i], sources[i]
-                    if not (target.is_contiguous() and source.is_contiguous()):
-                        others.append(i)
-                    elif target.numel():
-                        aligned = target.data_ptr() % 16 == source.data_ptr() % 16 == 0
-                        halves[aligned].append((i, target, source))
-                tables += [(group, half, table_of(pairs, self._device)) for half, pairs in halves.items() if pairs]
-            self._tables = identity, tables, others
-        return self._tables[1:]
+    def _tables_of(self, sent: dict[str, Tensor], addresses: list[tuple[int, torch.dtype]]) -> _Tables:
+        parts, others = self._parts(sent, range(len(self._regions))), []
+        pairs = []
+        for i, part in parts:
+            if self._targets[i].is_contiguous() and part.is_contiguous():
+                pairs.append((i, self._targets[i], part))
+            else:
+                others.append(i)
+        whole = [((i, t, t), (self._types[name], t.dtype)) for i, (name, t) in enumerate(sent.items())]
+        regions = [(pair, (pair[1].dtype, pair[2].dtype)) for pair in pairs]
+        return _Tables(addresses, _tables(regions, self._device), _tables(whole, self._device), others)
 
-    def _groups(self, sources: Sequence[Tensor]) -> dict[_Group, list[int]]:
+    def _types_held(self) -> dict[str, torch.dtype]:
+        """The type that each sent tensor is held in: of several, the one of least range."""
+        types: dict[str, torch.dtype] = {}
+        for region, target in zip(self._regions, self._targets, strict=True):
+            name = str(region.source)
+            if types.get(name) != torch.float16:
+                types[name] = target.dtype
+        return types
+
+    def _groups(self, pairs: list[tuple[int, Tensor]]) -> dict[_Group, list[tuple[int, Tensor]]]:
         # Copies of one pair of types are fused into few kernels; of mixed ones, each would be its own.
-        groups: dict[_Group, list[int]] = {}
-        for i, (target, source) in enumerate(zip(self._targets, sources, strict=True)):
-            groups.setdefault((target.dtype, source.dtype), []).append(i)
+        groups: dict[_Group, list[tuple[int, Tensor]]] = {}
+        for i, part in pairs:
+            groups.setdefault((self._targets[i].dtype, part.dtype), []).append((i, part))
         return groups
 
     @staticmethod
@@ -167,9 +214,23 @@ class Copies:
         return str(region.source) if region.source == region.parameter else f"{region.source} (in {region.parameter})"
 
 
+def _tables(
+    pairs: list[tuple[tuple[int, Tensor, Tensor], _Group]], device: torch.device
+) -> list[tuple[_Group, bool, Tensor]]:
+    """A table for the pairs of each two types, apart by whether they can be read 16 bytes at a time."""
+    from slipstream.weights.kernels import table_of
+
+    kinds: dict[tuple[_Group, bool], list[tuple[int, Tensor, Tensor]]] = {}
+    for pair, types in pairs:
+        if pair[1].numel():
+            aligned = pair[1].data_ptr() % 16 == pair[2].data_ptr() % 16 == 0
+            kinds.setdefault((types, aligned), []).append(pair)
+    return [(types, aligned, table_of(same, device)) for (types, aligned), same in kinds.items()]
+
+
 @functools.cache
 def has_kernel() -> bool:
-    """Whether tensors on a GPU are compared by the Triton kernel; else by PyTorch, one after the other."""
+    """Whether tensors on a GPU are gone through by Triton kernels; else by PyTorch, one after the other."""
     return find_spec("triton") is not None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slipstream.vllm_compat import mixture
 from slipstream.vllm_compat import model as engine_model
-from slipstream.weights.direct import Copies, obstacle
+from slipstream.weights.direct import Copies, Sent, obstacle
 from slipstream.weights.plan import Plan, WeightUpdateError, make_plan, signature_of, some
 from slipstream.weights.verify import Expectation
 
@@ -94,11 +94,11 @@ def update(
     first |= plan is not given
     timings.plan = clock.lap()
     copies = _copies_for(worker, plan) if direct else None
-    sources = None if copies is None else copies.sources(tensors)
-    if copies is not None and sources is not None and copies.proven:
-        _copy(worker, copies, tensors, sources, timings, clock)
+    sent = None if copies is None else copies.look_at(tensors)
+    if copies is not None and sent is not None and copies.proven:
+        _copy(worker, copies, sent, timings, clock)
         return plan, timings
-    proof = None if copies is None or sources is None else _Proof(worker, copies, sources)
+    proof = None if copies is None or sent is None else _Proof(worker, copies, sent)
     _load(worker, plan, tensors, timings, clock, report=first)
     if proof is not None:
         proof.finish()
@@ -127,18 +127,15 @@ def _load(
         raise _failed(worker, error) from error
 
 
-def _copy(
-    worker: Any, copies: Copies, tensors: Sequence[tuple[str, Tensor]], sources: Sequence[Tensor], timings: Timings,
-    clock: _Clock,
-) -> None:  # fmt: skip
+def _copy(worker: Any, copies: Copies, sent: Sent, timings: Timings, clock: _Clock) -> None:
     """Update by copies, and compare every bit."""
     timings.direct = True
-    copies.check(tensors, sources)
+    copies.check(sent)
     timings.check = clock.lap()
     try:
-        copies.copy(sources)
+        copies.copy(sent)
         timings.load = clock.lap()
-        wrong = copies.differing(sources)
+        wrong = copies.differing(sent)
         if wrong:
             raise WeightUpdateError(f"what the engine holds differs from what was sent: {some(wrong)}")
         timings.verify = clock.lap()
@@ -173,9 +170,9 @@ def _copies_for(worker: Any, plan: Plan) -> Copies | None:
 class _Proof:
     """Looks at an update by the engine's loading: whether the copies alone would have left the same."""
 
-    def __init__(self, worker: Any, copies: Copies, sources: Sequence[Tensor]) -> None:
-        self._worker, self._copies, self._sources = worker, copies, sources
-        self._changes = bool(copies.differing(sources))  # else a buffer made from weights would not change either
+    def __init__(self, worker: Any, copies: Copies, sent: Sent) -> None:
+        self._worker, self._copies, self._sent = worker, copies, sent
+        self._changes = bool(copies.differing(sent))  # else a buffer made from weights would not change either
         self._before = [buffer.clone() for buffer in engine_model.buffers(worker)]
 
     def finish(self) -> None:
@@ -185,7 +182,7 @@ class _Proof:
             a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
             for a, b in zip(after, self._before, strict=True)
         )
-        wrong = self._copies.differing(self._sources)
+        wrong = self._copies.differing(self._sent)
         if not kept or wrong:
             logger.info("weights go through the engine's own loading, which does more than copies: %s", some(wrong))
             _copies[engine_model.model_of(self._worker)] = _Loaded(self._copies.plan)
