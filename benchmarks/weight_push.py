@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import queue
@@ -62,12 +63,16 @@ def pushes(config: PretrainedConfig, folder: Path, device: str, repeats: int) ->
     if device != "cpu":
         environment = {"CUDA_VISIBLE_DEVICES": "1"}
         options += ["--gpu-memory-utilization", "0.5", "--max-model-len", "2048"]
+    options += ["--log-level", "debug"]  # where a push's time goes
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("slipstream.serving.sender").setLevel(logging.DEBUG)
     server = start_server(folder, *options, env=environment, timeout=300)
     try:
         with VLLMClient(base_url=server.url, api_key=server.key) as client:
             client.init_communicator(0 if device != "cpu" else "cpu", "group")
             with requests_at(server.url, server.key) as answered:
                 reports = [client.update_weights(version, weights) for version in range(1, repeats + 2)]
+        print(*[line for line in server.output().splitlines() if " weights: " in line][-12:], sep="\n")
     finally:
         server.stop()
     return {

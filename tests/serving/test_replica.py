@@ -207,7 +207,7 @@ def test_updates_that_arrive_changed_are_refused(replica, model, tiny_model):
     assert f"(checksum): {names[-1]}" in answer.json()["detail"]
     answer = push(replica, 4, other, spoil=lambda sums: sums[:-1])
     assert answer.status_code == 400
-    assert f"{len(names) - 1} checksums for {len(names)} tensors" in answer.json()["detail"]
+    assert f"{len(names) - 1} checksums came, and {len(names)} are needed" in answer.json()["detail"]
     with torch.no_grad():
         other.model.norm.weight[3] = float("nan")
     answer = push(replica, 4, other)
@@ -298,6 +298,11 @@ def test_updates_come_through_a_process_group(replica, model, trainers_group):
         commit = wire.CommitMessage(transaction=transaction, checksums=group.send(ours, specs, tensors))
         assert replica.post("/weights/commit", commit).status_code == 200
         assert_serves(replica, model, version)
+    transaction, _ = replica.begin(11, specs, transport="group")
+    wrong = [group.send(ours, specs, tensors)[0] ^ 1]
+    refused = replica.post("/weights/commit", wire.CommitMessage(transaction=transaction, checksums=wrong))
+    assert (refused.status_code, tensors[0][0] in refused.json()["detail"]) == (400, True), refused.text
+    assert_serves(replica, model, 10)
 
 
 def test_a_trainer_that_does_not_send_leaves_the_old_weights(replica, model, trainers_group):

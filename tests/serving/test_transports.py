@@ -200,8 +200,8 @@ def worker(rank: int, size: int, url: str, behaviour: str, results) -> None:
             announced = specs(example(index, sizes), DTYPES[index % 3])
             if behaviour == "idles":
                 results.get(timeout=60)
-            got = group.receive(joined, announced, "cpu")
-            results.put([int(checksum(tensor)) for _, tensor in got])
+            got, sums = group.receive(joined, announced, "cpu")
+            results.put(([int(checksum(tensor)) for _, tensor in got], sums))
         assert not torch.distributed.is_initialized()
     except group.GroupError as error:
         results.put(str(error))
@@ -243,8 +243,9 @@ def test_groups_carry_tensors_around_bucket_edges(members, count):
         announced = specs(tensors, DTYPES[index % 3])
         sums = group.send(joined, announced, iter(tensors))
         cast = [t.to(getattr(torch, s.dtype)) for (_, t), s in zip(tensors, announced, strict=True)]
-        assert sums == [int(checksum(t)) for t in cast]
-        assert [queue.get(timeout=30) for _ in range(count)] == [sums] * count
+        expected = [int(checksum(t)) for t in cast]
+        assert [queue.get(timeout=30) for _ in range(count)] == [(expected, sums)] * count
+        assert len(sums) == -(-layout(announced)[1] // BUCKET)
     assert not torch.distributed.is_initialized()
 
 

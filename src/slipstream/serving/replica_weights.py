@@ -104,9 +104,9 @@ class Weights:
         specs = [(spec.name, spec.dtype, spec.shape) for spec in begin.tensors]
         async with self._lock:
             self._open = None
-            await self.call("begin", specs, REFERENCE if begin.reference else POLICY)
-            if begin.transport == "group":
-                await self.call("receive")
+            # One call: each waits for the end of a step.
+            grouped = begin.transport == "group"
+            await self.call("begin", specs, REFERENCE if begin.reference else POLICY, grouped)
             self._open = message
 
     async def commit(self, message: wire.ReplicaCommit) -> wire.CommitReply:
@@ -119,12 +119,15 @@ class Weights:
         patience = Patience(message.timeout)
         async with self._lock:
             transaction = self._transaction(message.transaction)
+            self._open = None
             try:
+                begin = time.perf_counter()
                 await self._staged(transaction, message.checksums, patience)
+                logger.debug("weights: waited %.4f s for what is still to arrive", time.perf_counter() - begin)
                 return await self._switch(transaction, patience)
-            finally:
-                self._open = None
-                await self.call("abort")
+            except BaseException:
+                await self.call("abort")  # loading drops what was staged
+                raise
 
     async def abort(self, message: wire.AbortMessage) -> None:
         """Drop what was staged for a transaction. One that is not open has nothing to drop."""
@@ -185,10 +188,12 @@ class Weights:
                 )
             except TimeoutError:
                 raise Refused(409, f"running requests have not ended {patience}") from None
+            logger.debug("weights: the engine paused after %.4f s", time.perf_counter() - stopped)
             if begin.mode == "wait":
                 stopped = time.perf_counter()  # until here, requests went on
             try:
                 await self.call("load")
+                logger.debug("weights: loaded %.4f s after generation stopped", time.perf_counter() - stopped)
                 if not await self._engine.reset_prefix_cache():
                     raise RuntimeError("vLLM could not reset its prefix cache")
             except BaseException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -30,6 +31,7 @@ BODY_BYTES = 32 << 20  # of one HTTP request
 STEP_SECONDS = 300.0  # that a step of an exchange between members of a group, or one HTTP body, may take
 CONFLICT = 409  # status: the process group is not of all replicas
 
+logger = logging.getLogger(__name__)
 Tensors = Iterable[tuple[str, Tensor]]
 
 
@@ -103,9 +105,16 @@ class Sender:
             if types := unsendable(specs):
                 self._refuse(message, types)
             transaction, send = self._begin(message)
+            begun = time.perf_counter()
             with self._aborting(transaction, version), _refused():
                 commit = wire.CommitMessage(transaction=transaction, checksums=send(tensors))
+                sent = time.perf_counter()
                 reply = self._connection.post("/weights/commit", commit, wire.CommitReply, timeout=self._patience)
+            committed = time.perf_counter()
+            logger.debug(
+                "version %d: begun in %.4f s, sent in %.4f s, committed in %.4f s", version, begun - begin,
+                sent - begun, committed - sent,
+            )  # fmt: skip
             nbytes, seconds = sum(map(bytes_of, specs)), time.perf_counter() - begin
             return SyncReport(
                 version, nbytes, len(specs), seconds, reply.paused_seconds, reply.update, reply.reference_missing

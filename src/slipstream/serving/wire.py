@@ -139,7 +139,8 @@ class BeginReply(Message):
 
 
 class CommitMessage(Message):
-    """Body of `POST /weights/commit`: `checksums` has one entry a tensor (`weights.verify.checksum`)."""
+    """Body of `POST /weights/commit`: `checksums` has one entry a tensor, or one a bucket where they
+    came through a process group (`weights.verify.checksum`, `weights.buckets.bucket_checksum`)."""
 
     transaction: int
     checksums: list[int]

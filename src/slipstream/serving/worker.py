@@ -22,9 +22,10 @@ from slipstream.serving.wire import TensorSpec
 from slipstream.vllm_compat import mixture, on_cpu
 from slipstream.vllm_compat import model as engine_model
 from slipstream.vllm_compat.process import uncompile_sampler
+from slipstream.weights.buckets import names_in
 from slipstream.weights.plan import Plan, WeightUpdateError, some
 from slipstream.weights.transports import group, in_place, shared_memory
-from slipstream.weights.verify import checksum
+from slipstream.weights.verify import check_finite, checksum
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -85,11 +86,14 @@ class Receiver:
         """Sample with this share of the reference from now on."""
         mixture.set_mixture(self._worker, share)
 
-    def begin(self, specs: Sequence[PLAIN_SPEC], part: str) -> None:
+    def begin(self, specs: Sequence[PLAIN_SPEC], part: str, grouped: bool) -> None:
         """Check that tensors of these names and shapes make a whole update of the policy or of the reference.
 
+        Args:
+            grouped: Whether to receive them through the process group from now on.
+
         Raises:
-            WeightUpdateError: they do not.
+            WeightUpdateError: they do not, or there is no process group.
         """
         self.abort()
         engine_model.check_updatable(self._worker)
@@ -100,16 +104,17 @@ class Receiver:
         if plan is not known:
             self._new_plans.add(part)
         self._part, self._plans[part] = part, plan
+        if grouped:
+            self._receive()
 
-    def receive(self) -> None:
-        """Begin to receive the announced tensors through the process group."""
+    def _receive(self) -> None:
         if self._group is None:
             raise WeightUpdateError("there is no process group; make one with POST /communicator")
         joined, specs = self._group, self._specs
 
         def receive() -> Arrived:
             members = joined.result()
-            return Arrived(group.receive(members, specs, members.device))
+            return Arrived(*group.receive(members, specs, members.device))
 
         self._arriving, self._through_group = in_background("receive", receive), True
 
@@ -130,18 +135,20 @@ class Receiver:
         if not self._arriving.done():
             return False
         if error := self._arriving.exception():
+            if isinstance(error, WeightUpdateError):
+                raise error
             raise WeightUpdateError(f"weight update refused: receiving failed: {error}") from error
         here = self._arriving.result()
         if len(checksums) != len(here.checksums):
             raise WeightUpdateError(
-                f"weight update refused: {len(checksums)} checksums for {len(here.checksums)} tensors"
+                f"weight update refused: {len(checksums)} checksums came, and {len(here.checksums)} are needed"
             )
-        wrong = [
-            name
-            for (name, _), ours, theirs in zip(here.tensors, here.checksums, checksums, strict=True)
-            if ours != theirs
-        ]
-        if wrong:
+        differ = [i for i, sums in enumerate(zip(here.checksums, checksums, strict=True)) if sums[0] != sums[1]]
+        if differ:
+            wrong = [here.tensors[i][0] for i in differ]
+            if self._through_group:
+                size = group.BUCKET_BYTES["nccl" if self._worker.device.type == "cuda" else "gloo"]
+                wrong = [name for i in differ for name in names_in(self._specs, size, i)]
             raise WeightUpdateError(
                 f"weight update refused, the engine is unchanged: what arrived differs from what was sent (checksum): "
                 f"{some(wrong)}"
@@ -153,7 +160,7 @@ class Receiver:
         assert self._arriving is not None
         tensors = self._arriving.result().tensors
         part = self._part
-        in_place.update(self._worker, tensors, self._plans[part], part, first=part in self._new_plans)
+        in_place.update(self._worker, tensors, self._plans[part], part, first=part in self._new_plans, finite=True)
         self._new_plans.discard(part)
         self.abort()
 
@@ -186,12 +193,24 @@ class Receiver:
 
 
 class Arrived:
-    """Tensors of an update that are complete, and their checksums."""
+    """Tensors of an update that are complete and finite, and the checksums to compare.
 
-    def __init__(self, tensors: list[tuple[str, Tensor]]) -> None:
+    Args:
+        tensors: By checkpoint names.
+        checksums: Of the buckets they came in; None: one of each tensor is computed.
+
+    Raises:
+        WeightUpdateError: a tensor has values that are not finite. It is found here, beside generation, so that the
+            pause in which weights are loaded need not look.
+    """
+
+    def __init__(self, tensors: list[tuple[str, Tensor]], checksums: list[int] | None = None) -> None:
         self.tensors = tensors
-        # Read once: on an accelerator each reading waits for the device.
-        self.checksums: list[int] = torch.stack([checksum(t) for _, t in tensors]).tolist() if tensors else []
+        if checksums is None:
+            # Read once: on an accelerator each reading waits for the device.
+            checksums = torch.stack([checksum(t) for _, t in tensors]).tolist() if tensors else []
+        self.checksums = checksums
+        check_finite(tensors)
 
 
 def in_background(name: str, work: Callable[[], T]) -> Future[T]:

@@ -11,6 +11,22 @@ from slipstream.serving.wire import TensorSpec
 from slipstream.weights.layout import bytes_of, layout
 from slipstream.weights.verify import checksum
 
+_ROW = 512  # 64-bit words of a bucket that its checksum takes together
+
+
+def bucket_checksum(bucket: Tensor) -> Tensor:
+    """An int64 scalar that tells whether a bucket, a uint8 vector of its layout, arrived as it was sent."""
+    words = bucket.view(torch.int64)
+    whole = len(words) // _ROW * _ROW
+    return checksum(words[:whole].view(-1, _ROW)) + checksum(words[whole:])
+
+
+def names_in(specs: Sequence[TensorSpec], size: int, index: int) -> list[str]:
+    """Tensors of which a part lies in bucket `index` of `size` bytes."""
+    begin, end = index * size, (index + 1) * size
+    offsets = layout(specs)[0]
+    return [s.name for s, at in zip(specs, offsets, strict=True) if at < end and at + bytes_of(s) > begin]
+
 
 def specs_of(tensors: Iterable[tuple[str, Tensor]], dtype: str) -> list[TensorSpec]:
     """What is sent for `tensors` to an engine that computes in `dtype`.
@@ -63,6 +79,7 @@ class Packer:
         size: Bytes of a bucket: a multiple of the layout's alignment.
         take: Called with a bucket's index; returns the uint8 vector of at least `size` bytes that it is written to.
             Casts and checksums happen on that vector's device.
+        sums: Whether to compute checksums of the tensors.
 
     Attributes:
         checksums: Of the tensors packed so far, as int64 scalars.
@@ -74,8 +91,10 @@ class Packer:
         tensors: Iterable[tuple[str, Tensor]],
         size: int,
         take: Callable[[int], Tensor],
+        sums: bool = True,
     ) -> None:
         self.checksums: list[Tensor] = []
+        self._sums = sums
         self._specs, self._tensors, self._size, self._take = specs, tensors, size, take
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -88,7 +107,8 @@ class Packer:
                 memory = self._take(0) if total else torch.empty(0, dtype=torch.uint8)
                 bucket, index = memory[: min(size, total)], 0
             data = tensor.to(device=bucket.device, dtype=getattr(torch, spec.dtype)).contiguous()
-            self.checksums.append(checksum(data))
+            if self._sums:
+                self.checksums.append(checksum(data))
             source, at = data.reshape(-1).view(torch.uint8), 0
             while at < len(source):
                 if (offset + at) // size > index:

@@ -111,9 +111,16 @@ class Copies:
             self._tables = self._tables_of(sent, addresses)
         return Sent(sent, self._parts(sent, self._tables.others))
 
-    def check(self, sent: Sent) -> None:
-        """Raise WeightUpdateError if a value is not finite, or would not be in the engine's type. Touches nothing."""
+    def check(self, sent: Sent, finite: bool = False) -> None:
+        """Raise WeightUpdateError if a value is not finite, or would not be in the engine's type. Touches nothing.
+
+        Args:
+            sent: From `look_at`.
+            finite: Whether all values are known to be finite, in the type in which they are sent.
+        """
         tensors = sent.tensors
+        if finite and all(self._types[name] in (t.dtype, torch.float32) for name, t in tensors.items()):
+            return
         if self._tables is not None:
             from slipstream.weights.kernels import mark_not_finite
 

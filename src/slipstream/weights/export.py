@@ -85,12 +85,14 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
             f"{prefix.rstrip('.')}: adapters of type {type(module).__name__} cannot be merged into the weights that go "
             "to the engine. Use LoRA."
         )
-    for name, parameter in module.named_parameters(recurse=False):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            _check_parameter(prefix + name, parameter)
-            yield prefix + name, _full(parameter)
-    for name, child in module.named_children():
+    for name, own in module._parameters.items():  # modules' own iterators take ten times as long
+        if own is not None and id(own) not in seen:
+            seen.add(id(own))
+            _check_parameter(prefix + name, own)
+            yield prefix + name, _full(own)
+    for name, child in module._modules.items():
+        if child is None:
+            continue
         yield from _walk(child, prefix if name in _WRAPPED else f"{prefix}{name}.", seen)
 
 

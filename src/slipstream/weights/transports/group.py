@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slipstream.serving.wire import TensorSpec
-from slipstream.weights.buckets import Packer, views
+from slipstream.weights.buckets import Packer, bucket_checksum, views
 from slipstream.weights.layout import layout
 from slipstream.weights.transports.http_store import HttpStore
 from slipstream.weights.transports.interfaces import environment, nccl_on
@@ -93,10 +93,10 @@ def send(
     tensors: Iterable[tuple[str, Tensor]],
     progress: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """Broadcast `tensors` from rank 0, cast to the types of `specs`. Returns a checksum each.
+    """Broadcast `tensors` from rank 0, cast to the types of `specs`. Returns a checksum of each bucket.
 
     Args:
-        progress: Called for each bucket that is sent.
+        progress: Called for each bucket that is on its way, and now and then while the last ones are waited for.
 
     Raises:
         GroupError: a worker did not take its part within the group's timeout.
@@ -106,6 +106,7 @@ def send(
     total = layout(specs)[1]
     memory = [torch.empty(min(size, total), dtype=torch.uint8, device=group.device) for _ in range(2)]
     works: list[Any] = []
+    sums: list[Tensor] = []
     waiting = _Waiting(group, "the server's workers")
 
     def take(index: int) -> Tensor:
@@ -114,23 +115,30 @@ def send(
                 _hold(group, works[index - 2])
         return memory[index % 2]
 
-    packer = Packer(specs, tensors, size, take)
-    for bucket in packer:
+    # Sums of buckets: of each tensor, they would cost more of Python's time than the tensors take to travel.
+    for bucket in Packer(specs, tensors, size, take, sums=False):
+        sums.append(bucket_checksum(bucket))
         with waiting:
             works.append(group.process_group.broadcast(bucket, 0))
         progress()
-    for work in works[-2:]:
+    for work in works:  # NCCL's may all be still to come: what holds them is the device's stream
         with waiting:
             work.wait()
-    return packer.totals()
+        progress()
+    return torch.stack(sums).tolist() if sums else []
 
 
-def receive(group: Group, specs: Sequence[TensorSpec], device: torch.device | str) -> list[tuple[str, Tensor]]:
+def receive(
+    group: Group, specs: Sequence[TensorSpec], device: torch.device | str
+) -> tuple[list[tuple[str, Tensor]], list[int]]:
     """Take the tensors that rank 0 sends, into one buffer that they are views of. Runs beside generation, in a thread.
 
     Args:
         device: Where to keep them: the group's. If an accelerator's free memory does not hold them, they are kept in
             page-locked host memory.
+
+    Returns:
+        The tensors, and a checksum of each bucket that came.
 
     Raises:
         GroupError: the trainer did not send within the group's timeout, or is gone.
@@ -139,17 +147,21 @@ def receive(group: Group, specs: Sequence[TensorSpec], device: torch.device | st
     with _on_stream(group), _Waiting(group, "the trainer"):
         staging = _staging(group, layout(specs)[1], torch.device(device))
         parts = staging.split(size) if len(staging) else ()
+        sums = []
         if staging.device.type == group.device.type:
-            for work in [group.process_group.broadcast(part, 0) for part in parts]:
+            works = [group.process_group.broadcast(part, 0) for part in parts]
+            for work, part in zip(works, parts, strict=True):
                 work.wait()
+                sums.append(bucket_checksum(part))  # while the next ones travel
         else:
             memory = [torch.empty(min(size, len(staging)), dtype=torch.uint8, device=group.device) for _ in range(2)]
             for index, part in enumerate(parts):
                 bucket = memory[index % 2][: len(part)]
                 group.process_group.broadcast(bucket, 0).wait()
+                sums.append(bucket_checksum(bucket))
                 part.copy_(bucket, non_blocking=True)  # the next broadcast into this bucket waits for it on the stream
             group.stream.synchronize()
-    return views(staging, specs)
+        return views(staging, specs), torch.stack(sums).tolist() if sums else []
 
 
 def leave(group: Group) -> None:

@@ -69,6 +69,7 @@ def update(
     *,
     first: bool = False,
     direct: bool = True,
+    finite: bool = False,
 ) -> tuple[Plan, Timings]:
     """Replace a worker's weights by `tensors`, wholly or not at all. Runs in the worker, as one collective call.
 
@@ -80,6 +81,7 @@ def update(
         first: Whether no update has used `plan` yet: what cannot be verified is then reported.
         direct: Whether the tensors may be copied straight into place where that is all their loading does, see
             `slipstream.weights.direct`.
+        finite: Whether all values are known to be finite.
 
     Returns:
         The plan for the next update, and where the time went.
@@ -96,7 +98,7 @@ def update(
     copies = _copies_for(worker, plan) if direct else None
     sent = None if copies is None else copies.look_at(tensors)
     if copies is not None and sent is not None and copies.proven:
-        _copy(worker, copies, sent, timings, clock)
+        _copy(worker, copies, sent, timings, clock, finite=finite)
         return plan, timings
     proof = None if copies is None or sent is None else _Proof(worker, copies, sent)
     _load(worker, plan, tensors, timings, clock, report=first)
@@ -127,10 +129,10 @@ def _load(
         raise _failed(worker, error) from error
 
 
-def _copy(worker: Any, copies: Copies, sent: Sent, timings: Timings, clock: _Clock) -> None:
+def _copy(worker: Any, copies: Copies, sent: Sent, timings: Timings, clock: _Clock, *, finite: bool) -> None:
     """Update by copies, and compare every bit."""
     timings.direct = True
-    copies.check(sent)
+    copies.check(sent, finite)
     timings.check = clock.lap()
     try:
         copies.copy(sent)
@@ -139,6 +141,7 @@ def _copy(worker: Any, copies: Copies, sent: Sent, timings: Timings, clock: _Clo
         if wrong:
             raise WeightUpdateError(f"what the engine holds differs from what was sent: {some(wrong)}")
         timings.verify = clock.lap()
+        logger.debug("weights: %s", timings)
     except Exception as error:
         raise _failed(worker, error) from error
 
