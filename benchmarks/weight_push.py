@@ -48,6 +48,7 @@ from slipstream.serving.client import VLLMClient
 
 CHUNK = 1 << 30  # bytes of one plain broadcast
 TRL_PORT = 51216
+GAP_SECONDS = 1.0
 
 
 def make_model(config: PretrainedConfig, device: str) -> torch.nn.Module:
@@ -70,15 +71,21 @@ def pushes(config: PretrainedConfig, folder: Path, device: str, repeats: int) ->
     try:
         with VLLMClient(base_url=server.url, api_key=server.key) as client:
             client.init_communicator(0 if device != "cpu" else "cpu", "group")
+            idle = [client.update_weights(version, weights) for version in range(1, repeats + 2)]
+            busy = []
             with requests_at(server.url, server.key) as answered:
-                reports = [client.update_weights(version, weights) for version in range(1, repeats + 2)]
+                for version in range(repeats + 2, 2 * repeats + 2):
+                    # As between two training steps. Right after an update the server computes what it has of its
+                    # completions again, with the new weights, and a call waits for the end of such a step.
+                    time.sleep(GAP_SECONDS)
+                    busy.append(client.update_weights(version, weights))
         print(*[line for line in server.output().splitlines() if " weights: " in line][-12:], sep="\n")
     finally:
         server.stop()
     return {
-        "bytes": reports[0].nbytes, "tensors": reports[0].tensors, "first_seconds": reports[0].seconds,
-        "seconds": [r.seconds for r in reports[1:]], "paused": [r.paused for r in reports[1:]],
-        "completions_meanwhile": sum(answered),
+        "bytes": idle[0].nbytes, "tensors": idle[0].tensors, "first_seconds": idle[0].seconds,
+        "seconds": [r.seconds for r in idle[1:]], "busy_seconds": [r.seconds for r in busy],
+        "paused": [r.paused for r in busy], "completions_meanwhile": sum(answered),
     }  # fmt: skip
 
 
@@ -263,7 +270,10 @@ def report(result: dict[str, Any]) -> None:
     pushed, rates = result["push"], result["gb_per_second"]
     print(f"{result['shape']}: {pushed['bytes'] / 1e9:.2f} GB in {pushed['tensors']} tensors on {result['device']}")
     paused = ", ".join(f"{seconds:.3f}" for seconds in pushed["paused"])
-    print(f"  push        {min(pushed['seconds']):8.3f} s  {rates['push']:7.1f} GB/s, paused {paused} s")
+    print(
+        f"  push        {min(pushed['seconds']):8.3f} s  {rates['push']:7.1f} GB/s; paused, beside generation, {paused} s"
+    )
+    print(f"  beside generation {', '.join(f'{seconds:.3f}' for seconds in pushed['busy_seconds'])} s")
     print(f"  broadcast   {min(result['broadcast_seconds']):8.3f} s  {rates['broadcast']:7.1f} GB/s")
     print(f"  ratio {result['ratio']:.2f}; the first push took {pushed['first_seconds']:.2f} s", flush=True)
 
