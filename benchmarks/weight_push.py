@@ -270,10 +270,9 @@ def report(result: dict[str, Any]) -> None:
     pushed, rates = result["push"], result["gb_per_second"]
     print(f"{result['shape']}: {pushed['bytes'] / 1e9:.2f} GB in {pushed['tensors']} tensors on {result['device']}")
     paused = ", ".join(f"{seconds:.3f}" for seconds in pushed["paused"])
-    print(
-        f"  push        {min(pushed['seconds']):8.3f} s  {rates['push']:7.1f} GB/s; paused, beside generation, {paused} s"
-    )
-    print(f"  beside generation {', '.join(f'{seconds:.3f}' for seconds in pushed['busy_seconds'])} s")
+    busy = ", ".join(f"{seconds:.3f}" for seconds in pushed["busy_seconds"])
+    print(f"  push        {min(pushed['seconds']):8.3f} s  {rates['push']:7.1f} GB/s")
+    print(f"  beside generation {busy} s, which was paused for {paused} s")
     print(f"  broadcast   {min(result['broadcast_seconds']):8.3f} s  {rates['broadcast']:7.1f} GB/s")
     print(f"  ratio {result['ratio']:.2f}; the first push took {pushed['first_seconds']:.2f} s", flush=True)
 

@@ -42,5 +42,5 @@ def test_an_update_in_flight_says_which_tokens_are_whose(tmp_path):
             switched += len(runs) == 2
             for (first, version), end in zip(runs, [*(first for first, _ in runs[1:]), None], strict=True):
                 logps = engines.logprobs({1: old, 2: new}[version], prompt, completion.ids)
-                assert (logps - torch.tensor(completion.logprobs))[first:end].abs().max() < 1e-2
+                assert (logps - torch.tensor(completion.logprobs))[first:end].abs().max() < 2e-2
     assert switched

@@ -208,11 +208,15 @@ class Slow:
 
     def __init__(self, arrived):
         self.arrived, self.resumed = arrived, 0
+        self.renderer = self.engine_core = self
 
     async def collective_rpc(self, method, args):
         return [("ok", self.arrived if args[0] == "arrived" else None)]
 
-    async def pause_generation(self, mode, clear_cache):
+    async def clear_mm_cache_async(self):
+        pass
+
+    async def pause_scheduler_async(self, mode, clear_cache):
         await asyncio.Event().wait()
 
     async def resume_generation(self):

@@ -183,9 +183,7 @@ class Weights:
         begin, stopped = transaction.begin, time.perf_counter()
         try:
             try:
-                await asyncio.wait_for(
-                    self._engine.pause_generation(mode=begin.mode, clear_cache=True), max(0.0, patience.left)
-                )
+                await asyncio.wait_for(async_engine.pause(self._engine, begin.mode), max(0.0, patience.left))
             except TimeoutError:
                 raise Refused(409, f"running requests have not ended {patience}") from None
             logger.debug("weights: the engine paused after %.4f s", time.perf_counter() - stopped)

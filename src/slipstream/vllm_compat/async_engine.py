@@ -75,6 +75,20 @@ async def tokens_so_far(engine: Any) -> dict[str, int]:
     return {states[name].external_req_id: count for name, count in counts.items() if name in states}
 
 
+async def pause(engine: Any, mode: str) -> None:
+    """Stop sampling, and forget what was computed with the weights so far: cached prefixes, images, encoder outputs.
+
+    `AsyncLLM.pause_generation` does the same and then sleeps for 20 ms, so that its callers have heard of all tokens;
+    ours asks the core (`tokens_so_far`).
+
+    Args:
+        engine: The engine.
+        mode: "keep" lets requests wait until generation is resumed, "wait" waits for them to end.
+    """
+    await engine.renderer.clear_mm_cache_async()
+    await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=True)
+
+
 async def abort_all(engine: Any) -> None:
     """Drop every unfinished request: each ends with the finish reason "abort"."""
     if requests := list(engine.output_processor.request_states):

@@ -27,6 +27,7 @@ from typing import Any
 
 from slipstream.vllm_compat import load, on_cpu, steady
 from slipstream.vllm_compat.model import check_updatable, forget_model
+from slipstream.vllm_compat.prefix_cache import reset_quickly
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def start(options: dict[str, Any]) -> tuple[Any, bool]:
     except BaseException:
         shut_down(llm, own_group)
         raise
+    reset_quickly(llm.llm_engine.engine_core.engine_core.scheduler)
     return llm, own_group
 
 
@@ -151,31 +153,10 @@ def abort_all(llm: Any) -> None:
 
 def reset_caches(llm: Any) -> None:
     """Drop everything computed with earlier weights: cached prefixes, multimodal inputs, encoder outputs."""
-    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    with _blocks_with_contents(pool):
-        reset = llm.reset_prefix_cache()
-    if not reset:
+    if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM could not reset its prefix cache: requests are still running")
     llm.llm_engine.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
-
-
-@contextmanager
-def _blocks_with_contents(pool: Any) -> Iterator[None]:
-    """Let vLLM's reset of cached prefixes see the blocks that have any.
-
-    It goes through all blocks of the cache: a hundred thousand on a GPU, which takes a tenth of a second.
-    """
-    contents = getattr(getattr(pool, "cached_block_hash_to_block", None), "_cache", None)
-    if contents is None or getattr(pool, "_reuse_watchers", None):  # unknown here, or others look at blocks as well
-        yield
-        return
-    every = pool.blocks
-    pool.blocks = [b for found in contents.values() for b in (found.values() if isinstance(found, dict) else (found,))]
-    try:
-        yield
-    finally:
-        pool.blocks = every
 
 
 def keep_process_group() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from slipstream.vllm_compat.prefix_cache import reset_quickly
 from slipstream.vllm_compat.steady_batch import SWITCH, Batch
 
 logger = logging.getLogger(__name__)
@@ -79,11 +80,13 @@ def _obstacle(scheduler: Any, version: str) -> str | None:
 
 
 def prepare(kind: Any, version: str) -> None:
-    """Let engine cores of a class decode steadily where that can be, and answer `tokens_so_far`."""
+    """Let engine cores of a class decode steadily where that can be, forget caches quickly, and answer
+    `tokens_so_far`."""
     make = kind.__init__
 
     def made(self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
+        reset_quickly(self.scheduler)
         if why := install(self, version):
             logger.info("every sequence is scheduled by itself in every step, which is slower, since %s", why)
 
