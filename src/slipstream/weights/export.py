@@ -22,7 +22,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-@torch.no_grad()
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the full value of every weight of `model`, once, as its checkpoint would hold them.
 
@@ -106,14 +105,15 @@ def _merged(layer: Any, prefix: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     for name, parameter in layer.get_base_layer().named_parameters():
         _check_parameter(prefix + name, parameter)
         value = parameter
-        for adapter in adapters:
-            if name == "weight":
-                if adapter in getattr(layer, "lora_variant", {}):  # DoRA and the like
-                    value = layer.lora_variant[adapter].merge_safe(layer, adapter, value.detach().clone())
-                else:
-                    value = (value + layer.get_delta_weight(adapter)).to(parameter.dtype)
-            elif name == "bias" and layer.lora_bias.get(adapter):
-                value = (value + layer.lora_B[adapter].bias * layer.scaling[adapter]).to(parameter.dtype)
+        with torch.no_grad():
+            for adapter in adapters:
+                if name == "weight":
+                    if adapter in getattr(layer, "lora_variant", {}):  # DoRA and the like
+                        value = layer.lora_variant[adapter].merge_safe(layer, adapter, value.detach().clone())
+                    else:
+                        value = (value + layer.get_delta_weight(adapter)).to(parameter.dtype)
+                elif name == "bias" and layer.lora_bias.get(adapter):
+                    value = (value + layer.lora_B[adapter].bias * layer.scaling[adapter]).to(parameter.dtype)
         yield prefix + name, parameter, value
 
 
