@@ -55,7 +55,7 @@ class ColocateEngine:
         trust_remote_code: Whether code from the model's repository may run.
         revision: Branch, tag or commit of `model`.
         reference: Whether to hold a second model, the reference, for requests with a mixture above 0. A token then
-            takes twice the cache, and the engine runs without CUDA graphs.
+            takes twice the cache, and CUDA graphs are of the models' pieces alone.
         steady_decode: Whether steps in which every sequence only gets its next token are scheduled for all of them at
             once (see `steady`), where that is known to be right. False: vLLM goes through them one by one.
         fast_logprobs: Whether the sampled tokens' log-probabilities are gathered on the device and fetched once a call

@@ -87,7 +87,7 @@ def engine_options(
 
 
 def _add_reference(options: dict[str, Any], source: str) -> None:
-    if not options.setdefault("enforce_eager", True):
+    if not options.setdefault("enforce_eager", vllm_compat.on_cpu()):
         # A graph of the whole model would repeat the branch it was captured in, whatever the mixture is by then.
         compilation = options.get("compilation_config") or {}
         graphs = compilation.get("cudagraph_mode", "PIECEWISE") if isinstance(compilation, dict) else compilation

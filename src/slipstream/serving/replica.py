@@ -57,9 +57,8 @@ def start_engine(options: dict[str, Any], reference: bool = False) -> Any:
     from slipstream.generation.vllm_options import ENGINE_FIELDS, engine_options
     from slipstream.vllm_compat import async_engine, on_cpu
 
-    # Compiling a model for the CPU takes minutes; a reference does not go with CUDA graphs.
-    if (on_cpu() or reference) and not options.get("enforce_eager"):
-        options.pop("enforce_eager", None)
+    if on_cpu() and not options.get("enforce_eager"):
+        options.pop("enforce_eager", None)  # compiling a model for the CPU takes minutes
     fields = {name: value for name, value in options.items() if name in ENGINE_FIELDS}
     extra = {name: value for name, value in options.items() if name not in ENGINE_FIELDS}
     if "worker_extension_cls" in extra:

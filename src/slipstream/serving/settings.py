@@ -43,8 +43,7 @@ class Settings:
     reference: bool = _option(
         False,
         "Model",
-        "Hold a second model, the reference, for Nash-MD and XPO; takes its memory, twice the cache per token, and no "
-        "CUDA graphs.",
+        "Hold a second model, the reference, for Nash-MD and XPO; takes its memory and twice the cache per token.",
     )
     vllm_model_impl: str = _option("vllm", "Model", "Code that runs the model: vllm, or transformers by vLLM.")
 
