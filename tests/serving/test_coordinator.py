@@ -146,15 +146,14 @@ def test_a_replica_that_could_not_be_asked_is_not_killed(tmp_path, monkeypatch):
     asyncio.run(run())
 
 
-def test_a_sign_of_life_that_does_not_arrive_ends_no_update(monkeypatch, caplog):
-    monkeypatch.setattr(life_signs, "SIGN_SECONDS", 0.0)
+def test_a_sign_of_life_that_does_not_arrive_ends_no_update(caplog):
     answers = [LostError("out of files"), ServerError(503, "out of files"), ServerError(409, "it is closed")]
 
     class Unreachable:
         def call(self, *arguments):
             raise answers.pop(0)
 
-    sign = life_signs.LifeSigns(Unreachable(), 7)
+    sign = life_signs.LifeSigns(Unreachable(), 7, seconds=0.0)
     sign()
     sign()
     assert caplog.text.count("was not told that the weight update goes on: out of files") == 2

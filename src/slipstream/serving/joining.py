@@ -23,10 +23,11 @@ M = TypeVar("M", bound=msgspec.Struct)
 def patience(info: wire.ServerInfo) -> float:
     """Seconds to wait for the server's answer about an update.
 
-    Longer than an update takes that nothing else holds up: the server gives its replicas their time for a step, and
-    again for what follows from it. Its error says more than this side's deadline could.
+    Longer than the server takes: it gives its replicas the time of a step to drop an update that was left behind, to do
+    what is asked, and to be given the policy's weights and the reference's where they have missed them. Its error says
+    more than this side's deadline could.
     """
-    return 2 * info.update_timeout + CALL_SECONDS
+    return 4 * info.update_timeout + CALL_SECONDS
 
 
 def ask_in_turn(connection: Connection, path: str, message: msgspec.Struct, kind: type[M], timeout: float) -> M:

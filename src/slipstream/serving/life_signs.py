@@ -25,10 +25,12 @@ class LifeSigns:
     Args:
         connection: To the server.
         transaction: Number of the update.
+        seconds: Between two signs, at least.
     """
 
-    def __init__(self, connection: Connection, transaction: int) -> None:
+    def __init__(self, connection: Connection, transaction: int, seconds: float = SIGN_SECONDS) -> None:
         self._connection = connection
+        self._seconds = seconds
         self._message = wire.ProgressMessage(transaction=transaction)
         self._last = time.monotonic()
 
@@ -38,7 +40,7 @@ class LifeSigns:
         Raises:
             ServerError: the update is not open any more (409).
         """
-        if time.monotonic() - self._last < SIGN_SECONDS:
+        if time.monotonic() - self._last < self._seconds:
             return
         try:
             self._connection.call("POST", "/weights/progress", self._message)

@@ -13,7 +13,7 @@ from slipstream.serving.replica_process import Replica
 from slipstream.serving.shared_file import OFFSET, SharedFile
 
 log = logging.getLogger("slipstream")
-_SHORTEST = 0.1  # seconds that a replica has to answer even where others have used up its time; 0 would be for ever
+_SHORTEST = 0.1  # seconds that a commit has, where beginning has used up the time; 0 would be for ever
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +56,19 @@ class Pushes:
         """Give a replica what it misses, where that is in shared memory, and note what it still misses.
 
         Args:
-            timeout: Seconds for all of it.
+            timeout: Seconds for each of the two, and for its answer what it holds.
             give: False only notes.
 
         Raises:
             ReplicaLost: it does not answer, or cannot say what it holds.
         """
-        deadline = time.monotonic() + timeout
         for pushed in self.missed_by(replica) if give else ():
             if pushed.file is not None:
                 try:
-                    await self._give(replica, pushed, deadline)
+                    await self._give(replica, pushed, time.monotonic() + timeout)
                 except ReplicaRefused as error:
                     log.error("%s cannot be given version %d: %s", replica.name, pushed.begin.version, error)
-        await replica.refresh(_left(deadline))
+        await replica.refresh(timeout)
         replica.missed = ", ".join(
             f"it has not got version {pushed.begin.version} of the "
             f"{'reference' if pushed.begin.reference else 'policy'}'s weights"

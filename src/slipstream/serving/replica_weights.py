@@ -181,11 +181,14 @@ class Weights:
 
     async def _switch(self, transaction: wire.ReplicaBegin, patience: Patience) -> wire.CommitReply:
         begin, stopped = transaction.begin, time.perf_counter()
+        no_time = patience.left <= 0
         try:
             try:
                 await asyncio.wait_for(async_engine.pause(self._engine, begin.mode), max(0.0, patience.left))
             except TimeoutError:
-                raise Refused(409, f"running requests have not ended {patience}") from None
+                kept = "generation could not be stopped" if begin.mode == "keep" else "running requests have not ended"
+                late = f"the tensors came too late for the engine to load them {patience}"
+                raise Refused(409, late if no_time else f"{kept} {patience}") from None
             logger.debug("weights: the engine paused after %.4f s", time.perf_counter() - stopped)
             if begin.mode == "wait":
                 stopped = time.perf_counter()  # until here, requests went on

@@ -19,7 +19,7 @@ from slipstream.generation.engine import SyncReport
 from slipstream.serving import wire
 from slipstream.serving.connection import Connection, RefusedError, ServerError
 from slipstream.serving.joining import ask_in_turn, make_group, patience
-from slipstream.serving.life_signs import LifeSigns
+from slipstream.serving.life_signs import SIGN_SECONDS, LifeSigns
 from slipstream.serving.wire import TensorSpec
 from slipstream.weights.buckets import Packer, specs_of
 from slipstream.weights.layout import ITEM_BYTES, bytes_of, unsendable
@@ -47,6 +47,7 @@ class Sender:
         self._device: torch.device | None = None
         self._transport = ""
         self._patience = STEP_SECONDS  # for the server's answers; it says how long it may take
+        self._sign = SIGN_SECONDS
         self._chosen = False  # whether the transport was asked for, so that no other may take its place
         self._dtype = ""
         self._group: group.Group | None = None
@@ -73,6 +74,7 @@ class Sender:
             self._disconnect()
             info = self._connection.get("/server_info", wire.ServerInfo)
             self._device, self._dtype, self._patience = torch.device(device), info.dtype, patience(info)
+            self._sign = min(SIGN_SECONDS, info.update_timeout / 4)  # an update that is silent for longer is dropped
             self._chosen = transport is not None
             accelerators = self._device.type == info.platform == "cuda"
             self._transport = transport or ("group" if accelerators else "shared_memory")
@@ -150,7 +152,7 @@ class Sender:
             self._make_group(self._connection.get("/server_info", wire.ServerInfo))
             with _refused():
                 reply = ask_in_turn(self._connection, "/weights/begin", message, wire.BeginReply, self._patience)
-        alive = LifeSigns(self._connection, reply.transaction)
+        alive = LifeSigns(self._connection, reply.transaction, self._sign)
         if message.transport == "group":
             return reply.transaction, lambda tensors: group.send(self._joined(), specs, alive.beside(tensors), alive)
         if message.transport == "body":
