@@ -302,6 +302,14 @@ def test_updates_come_through_a_process_group(replica, model, trainers_group):
     wrong = [group.send(ours, specs, tensors)[0] ^ 1]
     refused = replica.post("/weights/commit", wire.CommitMessage(transaction=transaction, checksums=wrong))
     assert (refused.status_code, tensors[0][0] in refused.json()["detail"]) == (400, True), refused.text
+    spoiled = [(name, tensor.clone()) for name, tensor in tensors]
+    spoiled[4][1].view(-1)[-1] = float("nan")
+    transaction, _ = replica.begin(11, specs, transport="group")
+    commit = wire.CommitMessage(transaction=transaction, checksums=group.send(ours, specs, spoiled))
+    refused = replica.post("/weights/commit", commit)
+    assert refused.status_code == 400
+    assert refused.json()["detail"].startswith("weight update refused, the engine is unchanged: values that are not")
+    assert spoiled[4][0] in refused.json()["detail"]
     assert_serves(replica, model, 10)
 
 

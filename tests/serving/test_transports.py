@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from serving.stores import KEY, store_server
 
 from slipstream.serving.wire import TensorSpec
-from slipstream.weights.buckets import Packer, specs_of, views
+from slipstream.weights.buckets import Inspection, Packer, specs_of, views
 from slipstream.weights.layout import layout, unsendable
 from slipstream.weights.transports import group, shared_memory
 from slipstream.weights.verify import checksum
@@ -200,8 +200,10 @@ def worker(rank: int, size: int, url: str, behaviour: str, results) -> None:
             announced = specs(example(index, sizes), DTYPES[index % 3])
             if behaviour == "idles":
                 results.get(timeout=60)
-            got, sums = group.receive(joined, announced, "cpu")
-            results.put(([int(checksum(tensor)) for _, tensor in got], sums))
+            got = group.receive(joined, announced, "cpu")
+            finite = all(bool(tensor.isfinite().all()) for _, tensor in got.tensors)
+            assert finite or not got.finite
+            results.put(([int(checksum(tensor)) for _, tensor in got.tensors], got.checksums))
         assert not torch.distributed.is_initialized()
     except group.GroupError as error:
         results.put(str(error))
@@ -233,6 +235,24 @@ def members(monkeypatch):
             alive = process.is_alive()
             process.kill()
             assert not alive
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_not_finite_show_in_any_bucket(dtype, value):
+    announced = [TensorSpec("a", str(dtype).removeprefix("torch."), (64,))]
+    for spoiled in (None, 0, 2):
+        looked = Inspection(announced)
+        for index in range(3):
+            bucket = torch.randn(32).to(dtype)
+            if index == spoiled:
+                bucket[-1] = value
+            looked.look_at(bucket.view(torch.uint8))
+        sums, finite = looked.found()
+        assert (len(sums), finite) == (3, spoiled is None)
+    mixed = Inspection([*announced, TensorSpec("b", "float64", (64,))])
+    mixed.look_at(torch.zeros(64, dtype=torch.uint8))
+    assert not mixed.found()[1]  # not known
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -114,7 +114,8 @@ class Receiver:
 
         def receive() -> Arrived:
             members = joined.result()
-            return Arrived(*group.receive(members, specs, members.device))
+            came = group.receive(members, specs, members.device)
+            return Arrived(came.tensors, came.checksums, finite=came.finite)
 
         self._arriving, self._through_group = in_background("receive", receive), True
 
@@ -198,19 +199,23 @@ class Arrived:
     Args:
         tensors: By checkpoint names.
         checksums: Of the buckets they came in; None: one of each tensor is computed.
+        finite: Whether all values are known to be finite.
 
     Raises:
         WeightUpdateError: a tensor has values that are not finite. It is found here, beside generation, so that the
             pause in which weights are loaded need not look.
     """
 
-    def __init__(self, tensors: list[tuple[str, Tensor]], checksums: list[int] | None = None) -> None:
+    def __init__(
+        self, tensors: list[tuple[str, Tensor]], checksums: list[int] | None = None, finite: bool = False
+    ) -> None:
         self.tensors = tensors
         if checksums is None:
             # Read once: on an accelerator each reading waits for the device.
             checksums = torch.stack([checksum(t) for _, t in tensors]).tolist() if tensors else []
         self.checksums = checksums
-        check_finite(tensors)
+        if not finite:
+            check_finite(tensors)
 
 
 def in_background(name: str, work: Callable[[], T]) -> Future[T]:

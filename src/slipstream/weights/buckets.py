@@ -28,6 +28,32 @@ def names_in(specs: Sequence[TensorSpec], size: int, index: int) -> list[str]:
     return [s.name for s, at in zip(specs, offsets, strict=True) if at < end and at + bytes_of(s) > begin]
 
 
+class Inspection:
+    """Checksums of buckets that arrive, and whether their values are finite, if all are of one type.
+
+    Args:
+        specs: Of the tensors in them.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        dtypes = {spec.dtype for spec in specs}
+        self._dtype: torch.dtype | None = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else None
+        self._sums: list[Tensor] = []
+        self._largest: list[Tensor] = []
+
+    def look_at(self, bucket: Tensor) -> None:
+        """Take the next bucket. Nothing waits for the device."""
+        self._sums.append(bucket_checksum(bucket))
+        if self._dtype is not None:
+            values = bucket.view(self._dtype)
+            self._largest.append(torch.linalg.vector_norm(values, float("inf"), dtype=torch.float32))
+
+    def found(self) -> tuple[list[int], bool]:
+        """The checksums, and whether all values are finite. What lies between tensors may be anything."""
+        sums = torch.stack(self._sums).tolist() if self._sums else []
+        return sums, bool(self._largest) and bool(torch.stack(self._largest).isfinite().all())
+
+
 def specs_of(tensors: Iterable[tuple[str, Tensor]], dtype: str) -> list[TensorSpec]:
     """What is sent for `tensors` to an engine that computes in `dtype`.
 

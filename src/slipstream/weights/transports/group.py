@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slipstream.serving.wire import TensorSpec
-from slipstream.weights.buckets import Packer, bucket_checksum, views
+from slipstream.weights.buckets import Inspection, Packer, bucket_checksum, views
 from slipstream.weights.layout import layout
 from slipstream.weights.transports.http_store import HttpStore
 from slipstream.weights.transports.interfaces import environment, nccl_on
@@ -128,17 +128,27 @@ def send(
     return torch.stack(sums).tolist() if sums else []
 
 
-def receive(
-    group: Group, specs: Sequence[TensorSpec], device: torch.device | str
-) -> tuple[list[tuple[str, Tensor]], list[int]]:
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What came.
+
+    Attributes:
+        tensors: By name; views of one buffer.
+        checksums: Of the buckets.
+        finite: Whether all values are known to be finite. False says nothing.
+    """
+
+    tensors: list[tuple[str, Tensor]]
+    checksums: list[int]
+    finite: bool
+
+
+def receive(group: Group, specs: Sequence[TensorSpec], device: torch.device | str) -> Received:
     """Take the tensors that rank 0 sends, into one buffer that they are views of. Runs beside generation, in a thread.
 
     Args:
         device: Where to keep them: the group's. If an accelerator's free memory does not hold them, they are kept in
             page-locked host memory.
-
-    Returns:
-        The tensors, and a checksum of each bucket that came.
 
     Raises:
         GroupError: the trainer did not send within the group's timeout, or is gone.
@@ -147,21 +157,21 @@ def receive(
     with _on_stream(group), _Waiting(group, "the trainer"):
         staging = _staging(group, layout(specs)[1], torch.device(device))
         parts = staging.split(size) if len(staging) else ()
-        sums = []
+        arrived = Inspection(specs)
         if staging.device.type == group.device.type:
             works = [group.process_group.broadcast(part, 0) for part in parts]
             for work, part in zip(works, parts, strict=True):
                 work.wait()
-                sums.append(bucket_checksum(part))  # while the next ones travel
+                arrived.look_at(part)  # while the next ones travel
         else:
             memory = [torch.empty(min(size, len(staging)), dtype=torch.uint8, device=group.device) for _ in range(2)]
             for index, part in enumerate(parts):
                 bucket = memory[index % 2][: len(part)]
                 group.process_group.broadcast(bucket, 0).wait()
-                sums.append(bucket_checksum(bucket))
+                arrived.look_at(bucket)
                 part.copy_(bucket, non_blocking=True)  # the next broadcast into this bucket waits for it on the stream
             group.stream.synchronize()
-        return views(staging, specs), torch.stack(sums).tolist() if sums else []
+        return Received(views(staging, specs), *arrived.found())
 
 
 def leave(group: Group) -> None:
