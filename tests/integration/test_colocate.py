@@ -336,6 +336,10 @@ def test_a_reset_of_caches_reaches_every_block_with_contents(engine):
         process.reset_caches(engine._llm)
     assert pool.blocks == blocks
     assert all(block.block_hash is None for block in blocks)
+    used = pool.get_new_blocks(1)
+    assert not pool.reset_prefix_cache()  # refused, since one is used
+    assert pool.blocks == blocks
+    pool.free_blocks(used)
 
 
 def test_nothing_but_the_packing_of_a_cpu_stands_against_copies(engine, monkeypatch):

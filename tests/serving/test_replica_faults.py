@@ -243,6 +243,26 @@ def test_a_commit_gives_up_before_nobody_waits_for_its_answer(arrived, reason):
     asyncio.run(run())
 
 
+def test_a_worker_that_refuses_leaves_no_other_receiving():
+    from slipstream.serving.replica_weights import Refused, Weights
+
+    verbs = []
+
+    class Divided:
+        async def collective_rpc(self, method, args):
+            verbs.append(args[0])
+            return [("ok", None), ("refused", "it does not fit") if args[0] == "begin" else ("ok", None)]
+
+    async def run():
+        weights = Weights(Divided(), None, False)
+        begin = wire.BeginMessage(version=1, tensors=[], transport="group")
+        with pytest.raises(Refused, match="it does not fit"):
+            await weights.begin(wire.ReplicaBegin(transaction=1, update="an update", begin=begin))
+        assert verbs == ["begin", "abort"]
+
+    asyncio.run(run())
+
+
 def test_an_engine_that_cannot_start_says_why(tiny_model):
     with pytest.raises(ValueError, match=r"(?s)max_model_len"):
         replica.start_engine({"model": str(tiny_model), "dtype": "float32", "max_model_len": 100_000})

@@ -17,8 +17,6 @@ from slipstream.generation.engine import Request, Sampling
 from slipstream.serving.client import VLLMClient
 from slipstream.weights.plan import WeightUpdateError
 
-pytestmark = pytest.mark.slow  # vLLM takes a minute to start the two workers
-
 PROMPTS = [[5, 20, 30, 40], [7, 8], [9, 10, 11, 12, 13, 14]]
 
 

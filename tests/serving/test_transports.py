@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from serving.stores import KEY, store_server
 
 from slipstream.serving.wire import TensorSpec
-from slipstream.weights.buckets import Inspection, Packer, specs_of, views
+from slipstream.weights.buckets import Inspection, Packer, names_in, specs_of, views
 from slipstream.weights.layout import layout, unsendable
 from slipstream.weights.transports import group, shared_memory
 from slipstream.weights.verify import checksum
@@ -235,6 +235,14 @@ def members(monkeypatch):
             alive = process.is_alive()
             process.kill()
             assert not alive
+
+
+def test_a_bucket_names_the_tensors_that_reach_into_it():
+    announced = [TensorSpec("small", "float32", (3,)), TensorSpec("large", "bfloat16", (150,)),
+                 TensorSpec("empty", "float32", (0,)), TensorSpec("last", "float32", (16,))]  # fmt: skip
+    offsets, total = layout(announced)
+    assert (offsets, total) == ([0, 64, 384, 384], 448)
+    assert [names_in(announced, 128, i) for i in range(4)] == [["small", "large"], ["large"], ["large"], ["last"]]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -23,9 +23,9 @@ M = TypeVar("M", bound=msgspec.Struct)
 def patience(info: wire.ServerInfo) -> float:
     """Seconds to wait for the server's answer about an update.
 
-    Longer than the server takes: it gives its replicas the time of a step to drop an update that was left behind, to do
-    what is asked, and to be given the policy's weights and the reference's where they have missed them. Its error says
-    more than this side's deadline could.
+    Longer than the server takes: it gives its replicas the time of a step to drop an update that was left behind or is
+    refused, to do what is asked, and to be given what they have missed, and it may be giving that to one already. Its
+    error says more than this side's deadline could.
     """
     return 4 * info.update_timeout + CALL_SECONDS
 

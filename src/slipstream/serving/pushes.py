@@ -56,19 +56,22 @@ class Pushes:
         """Give a replica what it misses, where that is in shared memory, and note what it still misses.
 
         Args:
-            timeout: Seconds for each of the two, and for its answer what it holds.
+            timeout: Seconds for all of it; what comes first leaves their share to what follows.
             give: False only notes.
 
         Raises:
             ReplicaLost: it does not answer, or cannot say what it holds.
         """
-        for pushed in self.missed_by(replica) if give else ():
+        end = time.monotonic() + timeout
+        missed = self.missed_by(replica) if give else []
+        for index, pushed in enumerate(missed):
             if pushed.file is not None:
+                share = (end - time.monotonic()) / (len(missed) + 1 - index)
                 try:
-                    await self._give(replica, pushed, time.monotonic() + timeout)
+                    await self._give(replica, pushed, time.monotonic() + share)
                 except ReplicaRefused as error:
                     log.error("%s cannot be given version %d: %s", replica.name, pushed.begin.version, error)
-        await replica.refresh(timeout)
+        await replica.refresh(_left(end))
         replica.missed = ", ".join(
             f"it has not got version {pushed.begin.version} of the "
             f"{'reference' if pushed.begin.reference else 'policy'}'s weights"

@@ -106,7 +106,11 @@ class Weights:
             self._open = None
             # One call: each waits for the end of a step.
             grouped = begin.transport == "group"
-            await self.call("begin", specs, REFERENCE if begin.reference else POLICY, grouped)
+            try:
+                await self.call("begin", specs, REFERENCE if begin.reference else POLICY, grouped)
+            except BaseException:
+                await self.call("abort")  # other workers than the one that refused may have begun to receive
+                raise
             self._open = message
 
     async def commit(self, message: wire.ReplicaCommit) -> wire.CommitReply:

@@ -143,15 +143,11 @@ class Sender:
         """Open a transaction. Returns its number, and what sends its tensors and returns their checksums."""
         specs = message.tensors
         try:
-            with _refused():
-                reply = ask_in_turn(self._connection, "/weights/begin", message, wire.BeginReply, self._patience)
-        except ServerError as error:
-            if message.transport != "group" or error.status != CONFLICT:
-                raise
-            self._disconnect()  # a replica ended, or came up, after the group was made
-            self._make_group(self._connection.get("/server_info", wire.ServerInfo))
-            with _refused():
-                reply = ask_in_turn(self._connection, "/weights/begin", message, wire.BeginReply, self._patience)
+            reply = self._ask_to_begin(message)
+        except BaseException:
+            if message.transport == "group":
+                self._leave()  # as those workers have that did not refuse; the next update makes another
+            raise
         alive = LifeSigns(self._connection, reply.transaction, self._sign)
         if message.transport == "group":
             return reply.transaction, lambda tensors: group.send(self._joined(), specs, alive.beside(tensors), alive)
@@ -169,6 +165,18 @@ class Sender:
                 ) from error
         self._transport = message.transport = "body"
         return self._begin(message)
+
+    def _ask_to_begin(self, message: wire.BeginMessage) -> wire.BeginReply:
+        for last in (False, True):
+            try:
+                with _refused():
+                    return ask_in_turn(self._connection, "/weights/begin", message, wire.BeginReply, self._patience)
+            except ServerError as error:
+                if last or message.transport != "group" or error.status != CONFLICT:
+                    raise
+            self._disconnect()  # a replica ended, or came up, after the group was made
+            self._make_group(self._connection.get("/server_info", wire.ServerInfo))
+        raise AssertionError("unreachable")
 
     def _writer(self, reply: wire.BeginReply, specs: Sequence[TensorSpec]) -> Writer:
         # The policy and the reference have a file each. A server that was started again has new ones.

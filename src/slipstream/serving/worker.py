@@ -136,8 +136,6 @@ class Receiver:
         if not self._arriving.done():
             return False
         if error := self._arriving.exception():
-            if isinstance(error, WeightUpdateError):
-                raise error
             raise WeightUpdateError(f"weight update refused: receiving failed: {error}") from error
         here = self._arriving.result()
         if len(checksums) != len(here.checksums):
@@ -146,14 +144,17 @@ class Receiver:
             )
         differ = [i for i, sums in enumerate(zip(here.checksums, checksums, strict=True)) if sums[0] != sums[1]]
         if differ:
-            wrong = [here.tensors[i][0] for i in differ]
             if self._through_group:
                 size = group.BUCKET_BYTES["nccl" if self._worker.device.type == "cuda" else "gloo"]
-                wrong = [name for i in differ for name in names_in(self._specs, size, i)]
+                wrong = list(dict.fromkeys(name for i in differ for name in names_in(self._specs, size, i)))
+            else:
+                wrong = [here.tensors[i][0] for i in differ]
             raise WeightUpdateError(
                 f"weight update refused, the engine is unchanged: what arrived differs from what was sent (checksum): "
                 f"{some(wrong)}"
             )
+        if here.refusal:
+            raise WeightUpdateError(here.refusal)
         return True
 
     def load(self) -> None:
@@ -194,16 +195,16 @@ class Receiver:
 
 
 class Arrived:
-    """Tensors of an update that are complete and finite, and the checksums to compare.
+    """Tensors of an update that are complete, and the checksums to compare.
 
     Args:
         tensors: By checkpoint names.
         checksums: Of the buckets they came in; None: one of each tensor is computed.
         finite: Whether all values are known to be finite.
 
-    Raises:
-        WeightUpdateError: a tensor has values that are not finite. It is found here, beside generation, so that the
-            pause in which weights are loaded need not look.
+    Attributes:
+        refusal: What is wrong with values that are not finite; empty if all are. They are looked for here, beside
+            generation, so that the pause in which weights are loaded need not look.
     """
 
     def __init__(
@@ -214,8 +215,12 @@ class Arrived:
             # Read once: on an accelerator each reading waits for the device.
             checksums = torch.stack([checksum(t) for _, t in tensors]).tolist() if tensors else []
         self.checksums = checksums
+        self.refusal = ""
         if not finite:
-            check_finite(tensors)
+            try:
+                check_finite(tensors)
+            except WeightUpdateError as error:
+                self.refusal = str(error)
 
 
 def in_background(name: str, work: Callable[[], T]) -> Future[T]:
@@ -227,6 +232,10 @@ def in_background(name: str, work: Callable[[], T]) -> Future[T]:
             future.set_result(work())
         except Exception as error:  # noqa: BLE001
             logger.warning("%s failed: %s: %s", name, type(error).__name__, error)
+            # The traceback's frames hold the future, and the memory for what was to arrive, in a cycle.
+            link: BaseException | None = error
+            while link is not None:
+                link.__traceback__, link = None, link.__cause__ or link.__context__
             future.set_exception(error)
 
     threading.Thread(target=run, name=f"slipstream-{name}", daemon=True).start()

@@ -205,8 +205,7 @@ class Copies:
         types: dict[str, torch.dtype] = {}
         for region, target in zip(self._regions, self._targets, strict=True):
             name = str(region.source)
-            if types.get(name) != torch.float16:
-                types[name] = target.dtype
+            types[name] = min(types.get(name, target.dtype), target.dtype, key=lambda dtype: torch.finfo(dtype).max)
         return types
 
     def _groups(self, pairs: list[tuple[int, Tensor]]) -> dict[_Group, list[tuple[int, Tensor]]]:

@@ -75,8 +75,9 @@ class Expectation:
     """
 
     def __init__(
-        self, plan: Plan, tensors: Sequence[tuple[str, Tensor]], parameters: dict[str, Tensor], probes: Sequence[Probe]
-    ) -> None:
+        self, plan: Plan, tensors: Sequence[tuple[str, Tensor]], parameters: dict[str, Tensor],
+        probes: Sequence[Probe], finite: bool = False,
+    ) -> None:  # fmt: skip
         """Compute it.
 
         Args:
@@ -84,6 +85,7 @@ class Expectation:
             tensors: What is sent.
             parameters: The engine's parameters as they are now, by name.
             probes: Layers with packed copies.
+            finite: Whether all values are known to be finite, in the type in which they are sent.
 
         Raises:
             WeightUpdateError: A sent tensor has values that are not finite.
@@ -99,7 +101,9 @@ class Expectation:
         self._answers: dict[str, list[tuple[Region, Tensor, Tensor]]] = {name: [] for name in probed}
         self._rows = {n: _probe_rows(plan.layouts[n][0][1], dtypes[n]) for n in probed}
         self._probes = probes
-        multiplied, narrowed = [], []
+        multiplied: list[tuple[str, Tensor]] = []
+        narrowed: dict[str, Tensor] = {}
+        read = set(sent) if finite else set()
         for region in plan.regions:
             if region.source is None or region.origin is None:
                 continue
@@ -108,13 +112,15 @@ class Expectation:
                 product, columns = _answer(value, self._rows[region.parameter])
                 self._answers[region.parameter].append((region, product, columns))
                 multiplied.append((region.source, product))
+                # A product with a vector that has no zero is not finite where a row is not: no second reading. But all
+                # ranks must refuse alike, also those that get another part.
+                read |= {region.source} if value.numel() == sent[region.source].numel() else set()
             if region.parameter in kept:
                 self._regions.append((region, checksum(value)))
-            if value.dtype == torch.float16 != sent[region.source].dtype:  # large values become infinite
-                narrowed.append((region.source, value.abs().max()))
-        # A product with a vector that has no zero is not finite where a row is not, so those need no second reading.
-        read = {name for name, _ in multiplied}
-        check_finite([*multiplied, *narrowed, *((name, tensor) for name, tensor in tensors if name not in read)])
+            if value.dtype == torch.float16 != sent[region.source].dtype and region.source not in narrowed:
+                narrowed[region.source] = sent[region.source].detach().abs().max().half()  # large ones become infinite
+        unread = [(name, tensor) for name, tensor in tensors if name not in read]
+        check_finite([*multiplied, *narrowed.items(), *unread])
 
     def check(self, parameters: dict[str, Tensor]) -> None:
         """Raise WeightUpdateError naming every sent tensor that the engine does not hold as it was sent."""

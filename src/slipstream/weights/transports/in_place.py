@@ -101,7 +101,7 @@ def update(
         _copy(worker, copies, sent, timings, clock, finite=finite)
         return plan, timings
     proof = None if copies is None or sent is None else _Proof(worker, copies, sent)
-    _load(worker, plan, tensors, timings, clock, report=first)
+    _load(worker, plan, tensors, timings, clock, report=first, finite=finite)
     if proof is not None:
         proof.finish()
         timings.verify += clock.lap()
@@ -109,11 +109,12 @@ def update(
 
 
 def _load(
-    worker: Any, plan: Plan, tensors: Sequence[tuple[str, Tensor]], timings: Timings, clock: _Clock, *, report: bool
-) -> None:
+    worker: Any, plan: Plan, tensors: Sequence[tuple[str, Tensor]], timings: Timings, clock: _Clock, *, report: bool,
+    finite: bool,
+) -> None:  # fmt: skip
     """Update by the engine's own loading, and compare checksums."""
     probes = engine_model.packed_layers(worker)
-    expectation = Expectation(plan, tensors, engine_model.parameters(worker), probes)
+    expectation = Expectation(plan, tensors, engine_model.parameters(worker), probes, finite)
     if expectation.unverified and report:
         logger.warning(
             "the engine computes or rearranges %d of its %d parameters while it loads them, so they cannot be compared "
