@@ -56,7 +56,7 @@ class Pushes:
         """Give a replica what it misses, where that is in shared memory, and note what it still misses.
 
         Args:
-            timeout: Seconds for all of it; what comes first leaves their share to what follows.
+            timeout: Seconds for all of it; the policy leaves the reference half of it.
             give: False only notes.
 
         Raises:
@@ -66,7 +66,7 @@ class Pushes:
         missed = self.missed_by(replica) if give else []
         for index, pushed in enumerate(missed):
             if pushed.file is not None:
-                share = (end - time.monotonic()) / (len(missed) + 1 - index)
+                share = max(_SHORTEST, (end - time.monotonic()) / (len(missed) - index))
                 try:
                     await self._give(replica, pushed, time.monotonic() + share)
                 except ReplicaRefused as error:
