@@ -64,6 +64,9 @@ def main() -> None:
     with open(os.path.join(folder, f"history{trainer.args.process_index}.json"), "w") as out:
         json.dump(trainer.state.log_history, out)
     trainer.close()
+    if torch.distributed.is_initialized():
+        # Else gloo's threads are still connected when the interpreter ends, and at times abort the process.
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
