@@ -66,7 +66,7 @@ class Pushes:
         missed = self.missed_by(replica) if give else []
         for index, pushed in enumerate(missed):
             if pushed.file is not None:
-                share = max(_SHORTEST, (end - time.monotonic()) / (len(missed) - index))
+                share = (end - time.monotonic()) / (len(missed) - index)
                 try:
                     await self._give(replica, pushed, time.monotonic() + share)
                 except ReplicaRefused as error:

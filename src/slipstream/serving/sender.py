@@ -167,16 +167,18 @@ class Sender:
         return self._begin(message)
 
     def _ask_to_begin(self, message: wire.BeginMessage) -> wire.BeginReply:
-        for last in (False, True):
-            try:
-                with _refused():
-                    return ask_in_turn(self._connection, "/weights/begin", message, wire.BeginReply, self._patience)
-            except ServerError as error:
-                if last or message.transport != "group" or error.status != CONFLICT:
-                    raise
-            self._disconnect()  # a replica ended, or came up, after the group was made
-            self._make_group(self._connection.get("/server_info", wire.ServerInfo))
-        raise AssertionError("unreachable")
+        def ask() -> wire.BeginReply:
+            with _refused():
+                return ask_in_turn(self._connection, "/weights/begin", message, wire.BeginReply, self._patience)
+
+        try:
+            return ask()
+        except ServerError as error:
+            if message.transport != "group" or error.status != CONFLICT:
+                raise
+        self._disconnect()  # a replica ended, or came up, after the group was made
+        self._make_group(self._connection.get("/server_info", wire.ServerInfo))
+        return ask()
 
     def _writer(self, reply: wire.BeginReply, specs: Sequence[TensorSpec]) -> Writer:
         # The policy and the reference have a file each. A server that was started again has new ones.

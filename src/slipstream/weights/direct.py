@@ -167,12 +167,11 @@ class Copies:
             wrong = self._marked(self._tables.regions, mark_unlike, len(self._regions))
         bits = [_differs(self._targets[i], part) for i, part in sent.pairs]
         bits += [zero.count_nonzero() > 0 for zero in self._zeros]
-        if bits:
-            found = torch.stack(bits).tolist()
-            wrong += [i for (i, _), differs in zip(sent.pairs, found[: len(sent.pairs)], strict=True) if differs]
-            zeros = [name for (name, _), d in zip(self.plan.zeros, found[len(sent.pairs) :], strict=True) if d]
+        found = torch.stack(bits).tolist() if bits else []
+        in_parts, in_zeros = found[: len(sent.pairs)], found[len(sent.pairs) :]
+        wrong += [i for (i, _), differs in zip(sent.pairs, in_parts, strict=True) if differs]
         names = [self._name(self._regions[i]) for i in sorted(wrong)]
-        return names + [f"zeros that pad {name}" for name in (zeros if bits else [])]
+        return names + [f"zeros that pad {name}" for (name, _), d in zip(self.plan.zeros, in_zeros, strict=True) if d]
 
     def _marked(self, tables: list[tuple[_Group, bool, Tensor]], kernel: Any, count: int) -> list[int]:
         """The pairs, of `count`, that a kernel marks."""
@@ -189,15 +188,14 @@ class Copies:
             return [(i, r.origin.apply(sent[r.source])) for i, r in regions]  # type: ignore[union-attr, index]
 
     def _tables_of(self, sent: dict[str, Tensor], addresses: list[tuple[int, torch.dtype]]) -> _Tables:
-        parts, others = self._parts(sent, range(len(self._regions))), []
-        pairs = []
-        for i, part in parts:
-            if self._targets[i].is_contiguous() and part.is_contiguous():
-                pairs.append((i, self._targets[i], part))
+        regions, others = [], []
+        for i, part in self._parts(sent, range(len(self._regions))):
+            target = self._targets[i]
+            if target.is_contiguous() and part.is_contiguous():
+                regions.append(((i, target, part), (target.dtype, part.dtype)))
             else:
                 others.append(i)
         whole = [((i, t, t), (self._types[name], t.dtype)) for i, (name, t) in enumerate(sent.items())]
-        regions = [(pair, (pair[1].dtype, pair[2].dtype)) for pair in pairs]
         return _Tables(addresses, _tables(regions, self._device), _tables(whole, self._device), others)
 
     def _types_held(self) -> dict[str, torch.dtype]:
