@@ -126,7 +126,7 @@ class ColocateEngine:
             self._end = weakref.finalize(self, _end, self._llm, self._guest, own_group)
             self._recorder = sampled_logprobs.install(process.worker_of(self._llm)) if fast_logprobs else None
             if steady_decode:
-                process.decode_steadily(self._llm)
+                process.decode_steadily(self._llm, self._recorder)
         self._team = process.team_group() if tensor_parallel_size > 1 else None
         _alive.add(self)
 

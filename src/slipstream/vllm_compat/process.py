@@ -28,6 +28,7 @@ from typing import Any
 from slipstream.vllm_compat import load, on_cpu, steady
 from slipstream.vllm_compat.model import check_updatable, forget_model
 from slipstream.vllm_compat.prefix_cache import reset_quickly
+from slipstream.vllm_compat.sampled_logprobs import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +77,14 @@ def start(options: dict[str, Any]) -> tuple[Any, bool]:
     return llm, own_group
 
 
-def decode_steadily(llm: Any) -> None:
-    """Schedule steps that only decode for all sequences at once, where that is known to be right (see `steady`)."""
-    why = steady.install(llm.llm_engine.engine_core.engine_core, load().__version__)
+def decode_steadily(llm: Any, recorder: Recorder | None = None) -> None:
+    """Schedule steps that only decode for all sequences at once, where that is known to be right (see `steady`).
+
+    Args:
+        llm: The engine.
+        recorder: What records the log-probabilities of its sampled tokens, if anything does.
+    """
+    why = steady.install(llm.llm_engine.engine_core.engine_core, load().__version__, recorder)
     if why is not None:
         logger.info("every sequence is scheduled by itself in every step, which is slower, since %s", why)
 

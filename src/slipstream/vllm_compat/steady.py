@@ -22,7 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from slipstream.vllm_compat import steady_runner
 from slipstream.vllm_compat.prefix_cache import reset_quickly
+from slipstream.vllm_compat.sampled_logprobs import Recorder
 from slipstream.vllm_compat.steady_batch import SWITCH, Batch
 
 logger = logging.getLogger(__name__)
@@ -31,17 +33,26 @@ VERSIONS = ("0.26.", "0.32.")
 """vLLM's versions whose scheduler was read, and is tested, for what is skipped here."""
 
 
-def install(core: Any, version: str) -> str | None:
-    """Let the scheduler of an engine core decode steadily. Returns why not, where it cannot.
+def install(core: Any, version: str, recorder: Recorder | None = None) -> str | None:
+    """Let the scheduler of an engine core decode steadily, and its model runner where `steady_runner` knows it.
 
     Args:
         core: vLLM's `EngineCore`, in this process, without requests.
         version: Of vLLM.
+        recorder: What records the log-probabilities of sampled tokens in the engine's worker, if anything does.
+
+    Returns:
+        Why the scheduler cannot, or None.
     """
     scheduler = core.scheduler
     why = _obstacle(scheduler, version)
     if why is None:
         _Steady(scheduler)
+        worker = getattr(core.model_executor, "driver_worker", None)
+        worker = getattr(worker, "worker", worker)
+        if hasattr(worker, "model_runner"):
+            slower = steady_runner.install(worker, version, recorder)
+            logger.info("steady steps: %s", f"by vLLM's own runner, since {slower}" if slower else "CUDA graphs")
     return why
 
 

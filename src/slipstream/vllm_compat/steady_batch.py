@@ -162,6 +162,7 @@ class Batch:
         output.free_encoder_mm_hashes = self.scheduler.encoder_cache_manager.get_freed_mm_hashes()
         if hasattr(output, "num_common_prefix_blocks"):
             output.num_common_prefix_blocks = [0]  # a hint; the batch has many prompts
+        output.slipstream_steady = not output.new_block_ids_to_zero  # for `steady_runner`
         self.under_way.append((output, rows))
         return output
 
