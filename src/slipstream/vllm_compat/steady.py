@@ -8,6 +8,7 @@ vLLM's own code for its last token, and all of them whenever anything else happe
 memory).
 
 Nobody is told of the tokens before a sequence ends, so only requests that want nothing but their final output qualify.
+What they sample is not added to the prefix cache: hashing it takes longer than scheduling does.
 Whoever has to know how many there are asks `tokens_so_far`.
 Known for vLLM 0.26 and 0.32; in front of another scheduler or engine, and with SLIPSTREAM_STEADY_DECODE=0 in the
 environment, `install` leaves everything as it is.
@@ -160,6 +161,7 @@ class _Steady:
         if batch is not None:
             for row in np.flatnonzero(batch.alive):
                 batch.settle(int(row))
+                batch.requests[row].update_block_hashes()
 
     def _with_unsent(self, told: dict[int, Any]) -> dict[int, Any]:
         if self.unsent:

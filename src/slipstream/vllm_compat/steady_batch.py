@@ -43,6 +43,7 @@ class Batch:
         self.scheduler, self.requests, self.unsent = scheduler, requests, unsent
         self.vllm = importlib.import_module("vllm.v1.core.sched.output")
         self.manager = scheduler.kv_cache_manager
+        [self.cache] = self.manager.coordinator.single_type_managers
         self.asynchronous = isinstance(
             scheduler, importlib.import_module("vllm.v1.core.sched.async_scheduler").AsyncScheduler
         )
@@ -126,18 +127,13 @@ class Batch:
             return None
         for place in full:
             row = int(rows[place])
-            request = self.requests[row]
-            self.settle(row)
             # No further than the sequence can get.
             more = min(ahead, int(self.to_schedule[row]) - 1)
-            new = self.manager.allocate_slots(request, 1, num_lookahead_tokens=more)
-            if new is None:
-                raise RuntimeError(
-                    f"vLLM has {free} free blocks and none for sequence {request.request_id}: set "
-                    f"{SWITCH}=0 in the environment and report this"
-                )
-            blocks[place] = new.get_block_ids(allow_none=True)
-            self.room[row] = self._room(request)
+            need = int(self.computed[row]) + 1 + more
+            # Not `allocate_slots`: that hashes and caches what was sampled, which takes longer than all else here.
+            new = self.cache.allocate_new_blocks(self.names[row], need, need)
+            blocks[place] = ([block.block_id for block in new],)
+            self.room[row] = self._room(self.requests[row])
         return blocks
 
     def _room(self, request: Any) -> int:
@@ -208,12 +204,18 @@ class Batch:
         return tokens
 
     def _hand_over(self, ending: np.ndarray, scheduled: Any, sampled: Any, own: Any) -> dict[int, Any]:
+        hashers = []
         for row in ending:
             self.settle(int(row))
+            request = self.requests[row]
+            hashers.append((request, request._block_hasher))
+            request._block_hasher = None
         part = copy.copy(scheduled)
         part.num_scheduled_tokens = {self.names[row]: 1 for row in ending}
         part.total_num_scheduled_tokens = len(ending)
         told: dict[int, Any] = own(part, sampled)
+        for request, hasher in hashers:
+            request._block_hasher = hasher
         self.drop_finished(ending)
         return told
 
@@ -227,7 +229,7 @@ class Batch:
             self._prepare()
 
     def settle(self, row: int) -> None:
-        """Tell vLLM's object of a sequence what has happened to it."""
+        """Tell vLLM's object of a sequence what has happened to it, but for its blocks' hashes."""
         request = self.requests[row]
         scheduled, sampled = int(self.scheduled[row]), int(self.sampled[row])
         request.num_computed_tokens += scheduled
@@ -239,6 +241,8 @@ class Batch:
         self.scheduled[row] = self.sampled[row] = 0
         if count := int(self.count[row]):
             tokens = self.tokens[row, :count].copy()
-            request.append_output_token_ids(tokens["id"].tolist())
+            ids = tokens["id"].tolist()
+            request._output_token_ids.extend(ids)
+            request._all_token_ids.extend(ids)
             self.unsent.setdefault(request.request_id, []).append(tokens)
             self.count[row] = 0
