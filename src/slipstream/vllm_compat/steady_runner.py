@@ -13,11 +13,9 @@ Only for what was read and is tested: the V2 model runner of vLLM 0.26 on one GP
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,13 +23,12 @@ import torch
 from torch import Tensor
 
 from slipstream.vllm_compat.sampled_logprobs import MODE, Recorder
+from slipstream.vllm_compat.steady_graphs import Graphs, Wanted, gpu
 
 logger = logging.getLogger(__name__)
 
 VERSIONS = ("0.26.",)
 """vLLM's versions whose model runner was read, and is tested, for what is done here."""
-
-_GPU = "vllm.v1.worker.gpu"
 
 
 def install(worker: Any, version: str, recorder: Recorder | None = None) -> str | None:
@@ -53,21 +50,21 @@ def _obstacle(runner: Any, version: str) -> str | None:
         return "there is no GPU"
     if not version.startswith(VERSIONS):
         return f"vLLM {version} was not tried"
-    if type(runner) is not _of("model_runner", "GPUModelRunner"):
+    if type(runner) is not gpu("model_runner", "GPUModelRunner"):
         return f"its model runner is a {type(runner).__module__}.{type(runner).__name__}"
     parallel = runner.parallel_config
     if parallel.world_size > 1 or runner.dp_size > 1 or runner.use_dcp or runner.pcp_manager is not None:
         return "the model is spread over devices"
     if runner.lora_config or runner.speculator or runner.is_pooling_model or parallel.enable_eplb:
         return "it has adapters, a speculator, a pooler or balanced experts"
-    if runner.kv_connector is not _of("kv_connector", "NO_OP_KV_CONNECTOR"):
+    if runner.kv_connector is not gpu("kv_connector", "NO_OP_KV_CONNECTOR"):
         return "a connector sees every step"
     state = runner.model_state
-    if type(state) is not _of("model_states.default", "DefaultModelState") or state.rope_state or state.mm_pruner:
+    if type(state) is not gpu("model_states.default", "DefaultModelState") or state.rope_state or state.mm_pruner:
         return f"its model keeps a state of its own ({type(state).__name__})"
     if runner.supports_mm_inputs or runner.encoder_cache is not None:
         return "its model takes images"
-    if type(runner.sampler) is not _of("sample.sampler", "Sampler") or runner.sampler.compute_nans:
+    if type(runner.sampler) is not gpu("sample.sampler", "Sampler") or runner.sampler.compute_nans:
         return f"it samples with {type(runner.sampler).__name__}"
     envs = importlib.import_module("vllm.envs")
     if envs.VLLM_MOE_SKIP_PADDING or envs.VLLM_BATCH_INVARIANT:
@@ -83,45 +80,12 @@ def _obstacle(runner: Any, version: str) -> str | None:
     return None
 
 
-def _of(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(f"{_GPU}.{module}"), name)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """What a sampling graph computes. Graphs of different ones are different graphs."""
-
-    padded: int
-    scaled: bool  # temperatures other than 0 and 1
-    logps: bool
-    ranks: bool
-
-
-@dataclasses.dataclass
-class _Samples:
-    """What a sampling graph leaves, for as many sequences as it is padded to."""
-
-    tokens: Tensor
-    logps: Tensor | None
-    ranks: Tensor | None
-
-
 class SteadyRunner:
     """Stands before a model runner's own methods."""
 
     def __init__(self, runner: Any, recorder: Recorder | None) -> None:
-        self.runner, self.recorder = runner, recorder
-        self.manager, self.tables = runner.cudagraph_manager, runner.block_tables
-        self.states, self.sampler = runner.req_states, runner.sampler
-        most, device = runner.max_num_reqs, runner.device
-        integers = functools.partial(torch.zeros, dtype=torch.int32, device=device)
-        self.rows, self.sampled, self.updated = integers(1 + most), integers(most), integers(most)
-        self.nobody, self.one, self.none = torch.full_like(self.updated, -1), integers(most) + 1, integers(most)
-        self.temperature = torch.zeros(most, dtype=torch.float32, device=device)
-        self.seeds = torch.zeros(most, dtype=torch.int64, device=device)
-        self.stream = torch.cuda.Stream(device)
-        self.before: dict[int, torch.cuda.CUDAGraph] = {}
-        self.after: dict[_Wanted, tuple[torch.cuda.CUDAGraph, _Samples]] = {}
+        self.runner, self.recorder, self.graphs = runner, recorder, Graphs(runner)
+        self.manager, self.states = runner.cudagraph_manager, runner.req_states
         self.names: list[str] | None = None
         """Of the last step's sequences, as the scheduler's list; None when the last step was vLLM's own."""
         self.simple = False
@@ -140,7 +104,7 @@ class SteadyRunner:
         if getattr(step, "slipstream_steady", False):
             description = self._ready(step)
             if description is not None:
-                self._inputs_of(description.num_tokens).replay()
+                self.graphs.before(description.num_tokens).replay()
                 self.manager.run_fullgraph(description)
                 self.under_way = (description.num_tokens, step.scheduled_cached_reqs.req_ids)
                 self.steps += 1
@@ -157,14 +121,15 @@ class SteadyRunner:
         (padded, names), self.under_way = self.under_way, None
         count = len(names)
         recorder = self.recorder if self.recorder is not None and self.recorder.on else None
-        graph, samples = self._sampling(_Wanted(padded, self.scaled, recorder is not None or self.ranks, self.ranks))
+        wanted = Wanted(padded, self.scaled, recorder is not None or self.ranks, self.ranks)
+        graph, samples = self.graphs.after(wanted)
         graph.replay()
         # The next step's replay overwrites what the graph has left.
         tokens = samples.tokens[:count].clone()
         logps = None if samples.logps is None else samples.logps[:count].clone()
         if recorder is not None:
             recorder.logps = logps
-            recorder.step(names, tokens, self.one[:count])
+            recorder.step(names, tokens, self.graphs.one[:count])
         ranks = None if samples.ranks is None else samples.ranks[:count].clone()
         return _output_class()(self.runner, names, self.index, tokens, logps if self.ranks else None, ranks)
 
@@ -184,11 +149,11 @@ class SteadyRunner:
                 # Sequences only leave until vLLM makes a step of its own again.
                 self.simple = self._samples_plainly(rows)
                 if self.simple:
-                    self.temperature.copy_(torch.from_numpy(self.sampler.sampling_states.temperature.np))
-                    self.seeds.copy_(torch.from_numpy(self.sampler.sampling_states.seeds.np))
+                    self.graphs.temperature.copy_(torch.from_numpy(self.runner.sampler.sampling_states.temperature.np))
+                    self.graphs.seeds.copy_(torch.from_numpy(self.runner.sampler.sampling_states.seeds.np))
             if self.simple:
                 told = np.concatenate([np.array([count], np.int32), rows])
-                _of("buffer_utils", "async_copy_to_gpu")(told, out=self.rows[: 1 + count])
+                gpu("buffer_utils", "async_copy_to_gpu")(told, out=self.graphs.rows[: 1 + count])
             self.names, self.index = names, {name: place for place, name in enumerate(names)}
         if not self.simple:
             return None
@@ -196,10 +161,10 @@ class SteadyRunner:
         places, grown = self.states.req_id_to_index, False
         for name, blocks in zip(names, cached.new_block_ids, strict=True):
             if blocks is not None:
-                self.tables.append_block_ids(places[name], blocks, overwrite=False)
+                self.runner.block_tables.append_block_ids(places[name], blocks, overwrite=False)
                 grown = True
         if grown:
-            self.tables.apply_staged_writes()
+            self.runner.block_tables.apply_staged_writes()
         return description
 
     def _description(self, count: int) -> Any | None:
@@ -209,7 +174,7 @@ class SteadyRunner:
 
     def _samples_plainly(self, rows: np.ndarray) -> bool:
         """Whether nothing but temperatures and seeds decides what rows of vLLM's states sample."""
-        sampler, states = self.sampler, self.sampler.sampling_states
+        sampler, states = self.runner.sampler, self.runner.sampler.sampling_states
         temperature, most = states.temperature.np[rows], states.max_num_logprobs(rows)
         self.scaled = bool(((temperature != 0) & (temperature != 1)).any())
         self.ranks = bool(most == 0)
@@ -226,82 +191,6 @@ class SteadyRunner:
             or self.runner.prompt_logprobs_worker.uses_prompt_logprobs[rows].any()
         )
 
-    def _inputs_of(self, padded: int) -> torch.cuda.CUDAGraph:
-        if padded not in self.before:
-            prepare = self._prepare(padded)
-            self.before[padded] = self._capture(prepare, prepare)[0]
-        return self.before[padded]
-
-    def _prepare(self, padded: int) -> Callable[[], None]:
-        """Makes the inputs of the model's graph for `padded` sequences."""
-        from slipstream.vllm_compat import steady_kernel
-
-        runner, tables, buffers = self.runner, self.tables, self.runner.input_buffers
-        # What vLLM's metadata is made of: the buffers that the kernel fills, and the most that lengths may be.
-        batch = _of("input_batch", "InputBatch").make_dummy(padded, padded, buffers)
-        batch.seq_lens_cpu_upper_bound = torch.full((padded,), runner.max_model_len, dtype=torch.int32)
-        mode = importlib.import_module("vllm.config.compilation").CUDAGraphMode.FULL
-
-        def prepare() -> None:
-            steady_kernel.inputs(
-                self.rows, self.states.num_computed_tokens.gpu, self.states.last_sampled_tokens,
-                tables.block_tables[0].gpu, tables.kernel_block_sizes[0], padded,
-                ids=buffers.input_ids, positions=buffers.positions, seq_lens=buffers.seq_lens,
-                slots=tables.slot_mappings[0], starts=buffers.query_start_loc, blocks=tables.input_block_tables[0],
-                sampled=self.sampled, updated=self.updated,
-            )  # fmt: skip
-            runner.model_state.prepare_attn(
-                batch, mode, (tables.input_block_tables[0][:padded],), tables.slot_mappings[:, :padded],
-                runner.attn_groups, runner.kv_cache_config,
-            )  # fmt: skip
-
-        return prepare
-
-    def _sampling(self, wanted: _Wanted) -> tuple[torch.cuda.CUDAGraph, _Samples]:
-        if wanted not in self.after:
-            warm, real = (functools.partial(self._samples, wanted, rows) for rows in (self.nobody, self.updated))
-            self.after[wanted] = self._capture(warm, real)
-        return self.after[wanted]
-
-    def _samples(self, wanted: _Wanted, updated: Tensor) -> _Samples:
-        """vLLM's sampling of the model's graph's outputs, and what follows from it for the next step."""
-        padded, gumbel, logprob = wanted.padded, _of("sample.gumbel", "gumbel_sample"), f"{_GPU}.sample.logprob"
-        logits = self.runner.model.compute_logits(self.manager.hidden_states[:padded])
-        rows, buffers, states = self.sampled[:padded], self.runner.input_buffers, self.states
-        if wanted.scaled:
-            _of("sample.gumbel", "apply_temperature")(logits, rows, self.temperature)
-        tokens = gumbel(
-            logits, rows, self.temperature, self.seeds, buffers.positions[:padded],
-            apply_temperature=False, use_fp64=self.sampler.use_fp64_gumbel,
-        ).view(-1, 1)  # fmt: skip
-        samples = _Samples(tokens, None, None)
-        if wanted.ranks:
-            scores = importlib.import_module(logprob).compute_topk_scores(logits, 0, tokens[:, 0])
-            samples.logps, samples.ranks = scores.logprobs[:, 0], scores.selected_token_ranks
-        elif wanted.logps:
-            samples.logps = importlib.import_module(logprob).compute_token_logprobs(logits, tokens)[:, 0]
-        _of("input_batch", "post_update")(
-            updated[:padded], states.num_computed_tokens.gpu, states.last_sampled_tokens,
-            self.sampler.penalties_state.output_bin_counts, tokens, self.one[:padded], self.none[:padded],
-            buffers.query_start_loc[: padded + 1], states.all_token_ids.gpu, states.total_len.gpu,
-        )  # fmt: skip
-        return samples
-
-    def _capture(self, warm: Callable[[], Any], work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """Record `work`, after `warm` has compiled its kernels."""
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.runner.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            warm()
-            # Other threads, which compute rewards, may use the GPU meanwhile.
-            graph.capture_begin(pool=self.manager.pool, capture_error_mode="thread_local")
-            try:
-                left = work()
-            finally:
-                graph.capture_end()
-        current.wait_stream(self.stream)
-        return graph, left
-
 
 @functools.cache
 def _output_class() -> type:
@@ -316,7 +205,7 @@ def _output_class() -> type:
             self.names, self.index, self.kept = names, index, (tokens, logps, ranks)
             self.arrived = torch.cuda.Event(blocking=True)
             main, copies = runner.main_stream, runner.output_copy_stream
-            with _of("async_utils", "stream")(copies, main):
+            with gpu("async_utils", "stream")(copies, main):
                 copies.wait_stream(main)
                 self.tokens = tokens.to("cpu", non_blocking=True)
                 self.logprobs = None
