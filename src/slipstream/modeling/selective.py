@@ -55,8 +55,11 @@ def switch_on(model: nn.Module) -> None:
         ValueError: No part of it is checkpointed in the way of transformers.
     """
     options = {"context_fn": context_fn(), "use_reentrant": False}
-    parts = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    parts = [m for m in parts if hasattr(m, "_gradient_checkpointing_func")]
+    parts: list[Any] = [
+        m
+        for m in model.modules()
+        if getattr(m, "gradient_checkpointing", False) and hasattr(m, "_gradient_checkpointing_func")
+    ]
     if not parts:
         raise ValueError(
             f"selective_checkpointing=True does not work with {type(model).__name__}, no part of which is "

@@ -5,8 +5,10 @@ Legend: R sequences of the batch ("rows").
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -204,20 +206,29 @@ class Batch:
         return tokens
 
     def _hand_over(self, ending: np.ndarray, scheduled: Any, sampled: Any, own: Any) -> dict[int, Any]:
-        hashers = []
         for row in ending:
             self.settle(int(row))
-            request = self.requests[row]
-            hashers.append((request, request._block_hasher))
-            request._block_hasher = None
         part = copy.copy(scheduled)
         part.num_scheduled_tokens = {self.names[row]: 1 for row in ending}
         part.total_num_scheduled_tokens = len(ending)
-        told: dict[int, Any] = own(part, sampled)
-        for request, hasher in hashers:
-            request._block_hasher = hasher
+        with self._without_hashes([self.requests[row] for row in ending]):
+            told: dict[int, Any] = own(part, sampled)
         self.drop_finished(ending)
         return told
+
+    @contextlib.contextmanager
+    def _without_hashes(self, requests: list[Any]) -> Iterator[None]:
+        """Inside, vLLM neither hashes nor caches what these requests have sampled. Most end there."""
+        hashers = [request._block_hasher for request in requests]
+        self.manager.cache_blocks = lambda *args, **options: None
+        for request in requests:
+            request._block_hasher = None
+        try:
+            yield
+        finally:
+            del self.manager.cache_blocks
+            for request, hasher in zip(requests, hashers, strict=True):
+                request._block_hasher = hasher
 
     def drop_finished(self, rows: Any = None) -> None:
         """Forget sequences that vLLM's own code has ended."""
