@@ -130,8 +130,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     config = SHAPES[args.shape]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.weights)).to(device).train()
-    if args.gradient_checkpointing == "on":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    training_sweep.switch_checkpointing(model, args.gradient_checkpointing)
     why = obstacle(model, model.get_output_embeddings())
     if why is not None:
         raise SystemExit(f"packed rows do not work: {why}")
@@ -227,7 +226,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--gradient-checkpointing",
-        choices=("on", "off"),
+        choices=training_sweep.ALLOWED["gradient_checkpointing"],
         nargs="?",
         const="on",
         default="off",
