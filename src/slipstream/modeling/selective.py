@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 # Matrix products, and which of their arguments is the left factor. Names, since some come into being only when a
@@ -141,13 +141,16 @@ class _Keep(_Mode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         kind = _kind(func)
+        if kind is None:
+            self.last = None
+            return result
         if kind.written:
             self._forget([args[i] if i < len(args) else kwargs.get(name) for i, name in kind.written])
         if not kind.sums:
             self.last = None
         if kind.worth_keeping(args, kwargs):
             if self.place not in self.region.findings.written:
-                self.region.kept[self.place] = func, tree_map_only(Tensor, Tensor.detach, result)
+                self.region.kept[self.place] = func, _detached(result)
             self.last = self.place
             self.place += 1
         return result
@@ -172,7 +175,8 @@ class _HandOut(_Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not _kind(func).worth_keeping(args, kwargs):
+        kind = _kind(func)
+        if kind is None or not kind.worth_keeping(args, kwargs):
             return func(*args, **kwargs)
         place, self.place = self.place, self.place + 1
         # Taken out, so that memory is given back layer by layer.
@@ -200,7 +204,7 @@ class _HandOut(_Mode):
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What there is to know about an operation.
+    """What there is to know about some operations.
 
     Attributes:
         factor: Of a product: where its left factor stands.
@@ -229,21 +233,31 @@ class _Kind:
 
 
 @cache
-def _kind(func: Any) -> _Kind:
+def _kind(func: Any) -> _Kind | None:
+    """None for most of them: it is asked for each that a layer makes."""
     name, schema = func.name(), getattr(func, "_schema", None)
     arguments = [] if schema is None else list(enumerate(schema.arguments))
-    return _Kind(
+    kind = _Kind(
         factor=PRODUCTS.get(name),
         attention=name in ATTENTION,
         dropout=next((i for i, a in arguments if a.name == "dropout_p"), None),
         sums=name in SUMS,
         written=tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write),
     )
+    return None if kind == _Kind() else kind
 
 
 def _policy(ctx: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = _kind(func).worth_keeping(args, kwargs)
-    return CheckpointPolicy.PREFER_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    kind = _kind(func)
+    if kind is None or not kind.worth_keeping(args, kwargs):
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.PREFER_SAVE
+
+
+def _detached(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result.detach()
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in result)
 
 
 def _memory(tensor: Tensor) -> int:
