@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,13 +37,14 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             of two tied embeddings.
     """
     model = unwrap(model)
-    _check_layout(model)
     base: Any = model
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         base = base.get_base_model()
     if base is not model:
         _check_tied_embeddings(base)
-    tensors = _walk(base, "", set())
+    found: list[tuple[str, nn.Module | nn.Parameter]] = []
+    _walk(base, "", found)
+    tensors = _values(found)
     if _has_renamed_weights(base):
         from transformers.core_model_loading import revert_weight_conversion
 
@@ -65,19 +67,23 @@ class Weights:
         return named_tensors(self._model)
 
 
-def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    kinds = {cls.__name__ for cls in type(module).__mro__} if type(module).__module__.startswith("peft.") else set()
+def _walk(module: nn.Module, prefix: str, found: list[tuple[str, nn.Module | nn.Parameter]]) -> None:
+    """Add name and parameter of each weight inside `module` to `found`, and prefix and layer of each with LoRA.
+
+    A generator within each module would take several times as long for a model of hundreds.
+    """
+    kinds = _kinds(type(module))  # type: ignore[arg-type]
+    if "FullyShardedDataParallel" in kinds:
+        raise NotImplementedError(
+            "weights sharded by FSDP version 1 cannot be exported yet; set fsdp_version: 2 in the accelerate config"
+        )
     if "ModulesToSaveWrapper" in kinds:
         on = () if module.disable_adapters else module.active_adapters
         active = [name for name in on if name in module.modules_to_save]  # type: ignore
-        yield from _walk(module.modules_to_save[active[0]] if active else module.original_module, prefix, seen)  # type: ignore
+        _walk(module.modules_to_save[active[0]] if active else module.original_module, prefix, found)  # type: ignore
         return
     if "LoraLayer" in kinds:
-        # A merged value is a passing object, whose id may be given to the next one: the parameter is what is seen.
-        for name, parameter, value in _merged(module, prefix):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield name, _full(value)
+        found.append((prefix, module))
         return
     if kinds & {"BaseTunerLayer", "AuxiliaryTrainingWrapper"}:
         raise NotImplementedError(
@@ -85,14 +91,32 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
             "to the engine. Use LoRA."
         )
     for name, own in module._parameters.items():  # modules' own iterators take ten times as long
-        if own is not None and id(own) not in seen:
-            seen.add(id(own))
+        if own is not None:
             _check_parameter(prefix + name, own)
-            yield prefix + name, _full(own)
+            found.append((prefix + name, own))
     for name, child in module._modules.items():
-        if child is None:
-            continue
-        yield from _walk(child, prefix if name in _WRAPPED else f"{prefix}{name}.", seen)
+        if child is not None:
+            _walk(child, prefix if name in _WRAPPED else f"{prefix}{name}.", found)
+
+
+@functools.cache
+def _kinds(kind: type) -> frozenset[str]:
+    """Names of the classes that a class of PEFT's or FSDP's is made of; empty for all others."""
+    if kind.__module__.startswith(("peft.", "torch.distributed.fsdp.")):
+        return frozenset(cls.__name__ for cls in kind.__mro__)
+    return frozenset()
+
+
+def _values(found: list[tuple[str, nn.Module | nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+    """Name and full value of what `_walk` has found, each parameter once."""
+    seen: set[int] = set()
+    for name, owner in found:
+        # A merged value is a passing object, whose id may be given to the next one: the parameter is what is seen.
+        parts = _merged(owner, name) if isinstance(owner, nn.Module) else ((name, owner, owner),)
+        for of, parameter, value in parts:
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield of, _full(value)
 
 
 def _merged(layer: Any, prefix: str) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -129,15 +153,6 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         raise NotImplementedError(
             f"{name} is stored as {parameter.dtype}: quantized training weights cannot be exported to the engine. Load "
             "the model without quantization."
-        )
-
-
-def _check_layout(model: nn.Module) -> None:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise NotImplementedError(
-            "weights sharded by FSDP version 1 cannot be exported yet; set fsdp_version: 2 in the accelerate config"
         )
 
 
