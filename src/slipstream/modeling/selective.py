@@ -35,7 +35,7 @@ ATTENTION = {
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_fused_attention_overrideable", "torch_attn::_varlen_attn",
-    "flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward", "flex_attention",
+    "flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward",
 }  # fmt: skip
 # Operations that keep none of their arguments for the backward pass.
 SUMS = {"aten::add.Tensor", "aten::view", "aten::_unsafe_view", "aten::detach"}
