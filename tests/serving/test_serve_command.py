@@ -202,6 +202,22 @@ class TestProgram:
             "Choose another by --port; 0 takes a free one."
         )
 
+    def test_ray_that_is_not_installed_is_one_line_before_an_engine_starts(self, tmp_path):
+        words = ["vllm-serve", "--model", str(tmp_path), "--port", "0", "--distributed-executor-backend", "ray"]
+        code = f"""
+            import runpy, sys
+
+            sys.modules["ray"] = None  # wherever it is installed
+            sys.argv[1:] = {words}
+            runpy.run_module("slipstream", run_name="__main__")
+        """
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.strip() == (
+            "slipstream vllm-serve: distributed_executor_backend='ray' needs the package ray, which is not installed "
+            "here: pip install ray, on every machine that is to have workers."
+        )
+
     def test_a_host_that_is_not_there_is_named(self, tmp_path):
         done = run("--model", tmp_path, "--host", "not-a-host.invalid")
         assert done.returncode == 1

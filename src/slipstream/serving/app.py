@@ -129,7 +129,8 @@ class Server:
     async def connect(self, request: Request) -> Response:
         """Make a process group for a trainer, which is rank 0, and the workers of all replicas."""
         message = await read_message(request, wire.CommunicatorMessage)
-        return _reply(request, await self.coordinator.connect(message))
+        address, _ = request.scope.get("server") or ("", None)
+        return _reply(request, await self.coordinator.connect(message, address))
 
     async def disconnect(self) -> Response:
         """End the process group."""

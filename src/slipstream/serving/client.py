@@ -220,11 +220,12 @@ class VLLMClient:
         Args:
             device: That the trainer computes on: a number is an accelerator's, or the CPU where there is none.
             transport: "group" (NCCL between accelerators, gloo between CPUs), "shared_memory" (one machine, one user)
-                or "body" (HTTP). None: NCCL between accelerators; else shared memory, and HTTP where it is not shared.
+                or "body" (HTTP). None: a group between accelerators, and to workers on several machines; else shared
+                memory, and HTTP where trainer and server do not share it.
 
         Raises:
             ConnectionError: the server was lost, or its workers did not join the process group.
-            ValueError: trainer and server are on the same accelerator.
+            ValueError: the transport does not reach all workers, or trainer and server are on the same accelerator.
         """
         self._sender().connect(device, transport)
 

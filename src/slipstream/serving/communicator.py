@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import secrets
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from fastapi import HTTPException
 
 from slipstream.checks import number, one_of
-from slipstream.serving import wire
+from slipstream.serving import machine, wire
 from slipstream.serving.asking import ask_all, worst
 from slipstream.serving.devices import check_devices_apart
 from slipstream.serving.replica_process import Replica
@@ -31,7 +32,7 @@ class Communicator:
 
     Args:
         store: Where ranks find each other.
-        store_url, api_key: Where replicas reach it.
+        store_url, api_key: Where replicas reach it. Those with workers on other machines reach it where trainers do.
         timeout: Seconds in which a replica must have answered.
     """
 
@@ -42,13 +43,19 @@ class Communicator:
         self._timeout = timeout
         self._group: Group | None = None
 
-    async def connect(self, message: wire.CommunicatorMessage, replicas: list[Replica]) -> wire.CommunicatorReply:
+    async def connect(
+        self, message: wire.CommunicatorMessage, replicas: list[Replica], address: str = ""
+    ) -> wire.CommunicatorReply:
         """Make a group for a trainer, in place of an earlier one. Replicas join after the answer.
 
+        Args:
+            address: The server's, at which it was asked.
+
         Raises:
-            HTTPException: 400, wrong values; 409, trainer and server share a device; 503, no replica is up.
+            HTTPException: 400, wrong values, or workers that cannot come; 409, trainer and server share a device; 503,
+                no replica is up.
         """
-        _check(message, replicas)
+        _check(message, replicas, address)
         await self.disconnect()
         if not replicas:
             raise HTTPException(503, "no replica is up to take weights")
@@ -60,7 +67,7 @@ class Communicator:
         for replica, count in zip(replicas, ranks, strict=True):
             order = wire.ReplicaCommunicator(
                 backend=message.backend, first_rank=first_rank, world_size=world_size, group=group.name,
-                store_url=self._url, api_key=self._key, timeout=message.timeout,
+                store_url=self._url_for(replica, address), api_key=self._key, timeout=message.timeout,
             )  # fmt: skip
             failed |= (await ask_all([replica], "/communicator", order, self._timeout))[1]
             first_rank += count
@@ -68,6 +75,11 @@ class Communicator:
             await self.disconnect()
             raise worst(failed)
         return wire.CommunicatorReply(world_size=world_size, group=group.name)
+
+    def _url_for(self, replica: Replica, address: str) -> str:
+        if not address or replica.report is None or replica.report.shares_loopback:
+            return self._url
+        return f"http://{f'[{address}]' if ':' in address else address}:{urlsplit(self._url).port}"
 
     async def disconnect(self) -> None:
         """Let the replicas leave the group, if there is one."""
@@ -97,15 +109,22 @@ class Communicator:
         return list(members)
 
 
-def _check(message: wire.CommunicatorMessage, replicas: list[Replica]) -> None:
+def _check(message: wire.CommunicatorMessage, replicas: list[Replica], address: str) -> None:
     try:
         one_of("backend", message.backend, ("nccl", "gloo"))
         number("timeout", message.timeout, above=0, most=LONGEST_WAIT)
     except ValueError as error:
         raise HTTPException(400, str(error)) from error
+    reports = {replica: replica.report for replica in replicas if replica.report is not None}
+    for replica, report in reports.items():
+        if machine.is_loopback(address) and not report.shares_loopback:
+            raise HTTPException(
+                400,
+                f"{replica.name} has workers on other machines, which cannot reach the server at {address} as this "
+                "trainer does: give the trainer an address in their network, on which the server listens (--host)",
+            )
     if message.backend != "nccl":
         return
-    reports = {replica: replica.report for replica in replicas if replica.report is not None}
     for replica, report in reports.items():
         if not report.devices:
             raise HTTPException(400, f"backend='nccl' needs accelerators, and the server runs on {report.platform}")

@@ -145,11 +145,11 @@ class Coordinator:
             await self._drop(self.transaction)
             return True
 
-    async def connect(self, message: wire.CommunicatorMessage) -> wire.CommunicatorReply:
+    async def connect(self, message: wire.CommunicatorMessage, address: str) -> wire.CommunicatorReply:
         """Make a process group for a trainer; see `Communicator.connect`."""
         async with self._lock:
             await self._make_way()
-            return await self._communicator.connect(message, self._up())
+            return await self._communicator.connect(message, self._up(), address)
 
     async def disconnect(self) -> None:
         """End the process group, and an update that comes through it."""

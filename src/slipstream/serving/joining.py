@@ -56,9 +56,10 @@ def make_group(connection: Connection, device: torch.device, info: wire.ServerIn
     """
     nccl = device.type == info.platform == "cuda"
     if not nccl and info.platform != "cpu":
+        apart = not all(replica.shares_memory for replica in info.replicas)
         raise ValueError(
             f"transport='group' cannot connect a trainer on {device.type} with a server on {info.platform}; "
-            "use 'shared_memory' or 'body'"
+            + ("no other reaches its workers on several machines" if apart else "use 'shared_memory' or 'body'")
         )
     backend, devices = ("nccl", [uuid_of(device)]) if nccl else ("gloo", [])
     check_devices_apart(devices, [uuid for replica in info.replicas for uuid in replica.devices])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import resource
@@ -26,11 +27,12 @@ def serve(settings: Settings) -> None:
     """Run a server until it is told to end.
 
     Raises:
-        ValueError: a setting is wrong.
+        ValueError: a setting is wrong, or needs a package that is not installed.
         OSError: the port is taken, or the address is not this machine's.
         RuntimeError: no replica could be started.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s: %(message)s")
+    check_ray(settings)
     given = os.environ.get(auth.VARIABLE)
     key = None if given is None else auth.check_key(given)
     listener = listen(settings.host, settings.port)
@@ -67,6 +69,18 @@ def _run(settings: Settings, listener: socket.socket, key: str, key_file: auth.K
         raise RuntimeError(f"no replica could be started: {server.failure}")
 
 
+def check_ray(settings: Settings) -> None:
+    """Raise ValueError if Ray is to run the workers and is not installed: vLLM's own error comes late, and is long."""
+    if settings.distributed_executor_backend != "ray":
+        return
+    found = importlib.util.find_spec("ray")
+    if found is None or found.origin is None:  # a folder of that name
+        raise ValueError(
+            "distributed_executor_backend='ray' needs the package ray, which is not installed here: pip install ray, "
+            "on every machine that is to have workers."
+        )
+
+
 def allow_many_files() -> None:
     """Let this process, and the replicas that it starts, have as many connections as requests: two files each."""
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -96,9 +110,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _store_url(settings: Settings, port: int) -> str:
-    """Where replicas reach the rendezvous store: on this machine, unless Ray has put their workers on others."""
+    """Where replicas reach the rendezvous store."""
     host = settings.host
     if host in ("0.0.0.0", "::", ""):
-        here = "::1" if host == "::" else "127.0.0.1"
-        host = socket.gethostname() if settings.distributed_executor_backend == "ray" else here
+        host = "::1" if host == "::" else "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -70,6 +70,7 @@ class Replica:
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         watch = None
         try:
+            await self._weights.look_around()
             self._devices = [device for device in await self._weights.call("device") if device]
             watch = asyncio.create_task(self._watch())
             yield
@@ -101,6 +102,8 @@ class Replica:
                 vllm=load().__version__,
                 platform=async_engine.platform(),
                 detail=self._weights.stale,
+                shares_memory=self._weights.shares_memory,
+                shares_loopback=self._weights.shares_loopback,
             )
         )
 

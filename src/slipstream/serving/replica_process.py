@@ -91,7 +91,7 @@ class Replica:
             return wire.ReplicaInfo(state=self.state, detail=self.death)
         return wire.ReplicaInfo(
             state=self.state, version=self.report.version, running=self.running, devices=self.report.devices,
-            detail=self.missed or self.report.detail, ranks=self.report.ranks,
+            detail=self.missed or self.report.detail, ranks=self.report.ranks, shares_memory=self.report.shares_memory,
         )  # fmt: skip
 
     @property

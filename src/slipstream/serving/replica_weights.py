@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import Any
 
-from slipstream.serving import wire
+from slipstream.serving import machine, wire
 from slipstream.serving.asking import OTHERS
 from slipstream.serving.replica_generation import Generation
+from slipstream.serving.shared_file import SharedFile
 from slipstream.serving.worker import ERROR, FAILED, OK, REFUSED
 from slipstream.vllm_compat import async_engine
 from slipstream.vllm_compat.mixture import POLICY, REFERENCE
@@ -58,6 +60,7 @@ class Weights:
         version: Version of the policy that serves; None while none does.
         update: Name of the update that brought it; empty before the first.
         stale: Why none does.
+        shares_memory, shares_loopback: Whether all workers share this machine's memory, and its loopback.
     """
 
     def __init__(self, engine: Any, generation: Generation, reference: bool) -> None:
@@ -70,6 +73,22 @@ class Weights:
         self.version: int | None = 0
         self.update = ""
         self.stale = ""
+        self.shares_memory = self.shares_loopback = True
+
+    async def look_around(self) -> None:
+        """Find out whether the workers are on this machine."""
+        path, nonce = "", b"none"
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(contextlib.closing(SharedFile(0)))
+                file.allocate()
+                file.renew()
+                path, nonce = str(file.path), file.nonce
+            except OSError as error:
+                logger.warning("there is no shared memory here, so that weights need a process group: %s", error)
+            found = await self.call("shares", path, nonce)
+        self.shares_memory = all(seen for seen, _ in found)
+        self.shares_loopback = all(name == machine.loopback() for _, name in found)
 
     def serving(self, version: int | None, mixture: float, update: str | None = None) -> int:
         """The version that serves a request for `version` of `update` (None: any) with this share of the reference.
@@ -100,6 +119,8 @@ class Weights:
                 raise Refused(400, f"{name}={value!r} is not one of {', '.join(allowed)}")
         if begin.reference and not self._has_reference:
             raise Refused(400, "this server has no reference model: start it with --reference")
+        if begin.transport != "group" and not self.shares_memory:
+            raise Refused(409, machine.APART.format(transport=begin.transport))
         layout(begin.tensors)
         specs = [(spec.name, spec.dtype, spec.shape) for spec in begin.tensors]
         async with self._lock:

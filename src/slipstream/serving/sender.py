@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slipstream.checks import one_of
 from slipstream.generation.engine import SyncReport
-from slipstream.serving import wire
+from slipstream.serving import machine, wire
 from slipstream.serving.connection import Connection, RefusedError, ServerError
 from slipstream.serving.joining import ask_in_turn, make_group, patience
 from slipstream.serving.life_signs import SIGN_SECONDS, LifeSigns
@@ -59,8 +59,8 @@ class Sender:
 
         Args:
             device: That the trainer computes on; a number is an accelerator's, where there is one.
-            transport: One of `wire.TRANSPORTS`. None: a process group between accelerators; else shared memory, and
-                HTTP where trainer and server do not share a machine.
+            transport: One of `wire.TRANSPORTS`. None: a process group between accelerators and to workers on several
+                machines; else shared memory, and HTTP where trainer and server do not share a machine.
 
         Raises:
             ConnectionError: the server was lost, or its workers did not join the process group.
@@ -77,7 +77,10 @@ class Sender:
             self._sign = min(SIGN_SECONDS, info.update_timeout / 4)  # an update that is silent for longer is dropped
             self._chosen = transport is not None
             accelerators = self._device.type == info.platform == "cuda"
-            self._transport = transport or ("group" if accelerators else "shared_memory")
+            apart = not all(replica.shares_memory for replica in info.replicas)
+            if apart and transport not in (None, "group"):
+                raise ValueError(machine.APART.format(transport=transport))
+            self._transport = transport or ("group" if accelerators or apart else "shared_memory")
             if self._transport == "group":
                 self._make_group(info)
 

@@ -205,6 +205,8 @@ class ReplicaReport(Message):
         devices: UUIDs of its accelerators; none on a CPU.
         ranks: Workers, each of which takes part in a process group.
         detail: Why it is stale.
+        shares_memory, shares_loopback: Whether all its workers share the server's memory, and its loopback: they do
+            unless Ray has put them on other machines.
     """
 
     state: str
@@ -218,6 +220,8 @@ class ReplicaReport(Message):
     platform: str
     detail: str = ""
     update: str = ""
+    shares_memory: bool = True
+    shares_loopback: bool = True
 
 
 class ReplicaBegin(Message):
@@ -269,6 +273,7 @@ class ReplicaInfo(Message):
 
     Attributes:
         ranks: Its workers, each of which takes part in a process group.
+        shares_memory: Whether they all share the server's memory. If not, weights reach them through a group alone.
     """
 
     state: str
@@ -277,6 +282,7 @@ class ReplicaInfo(Message):
     devices: list[str] = []
     detail: str = ""
     ranks: int = 0
+    shares_memory: bool = True
 
 
 class ServerInfo(Message):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from slipstream.lifetime import die_with_parent
+from slipstream.serving import machine
 from slipstream.serving.wire import TensorSpec
 from slipstream.vllm_compat import mixture, on_cpu
 from slipstream.vllm_compat import model as engine_model
@@ -81,6 +82,10 @@ class Receiver:
         """UUID of the accelerator; empty on a CPU."""
         device = self._worker.device
         return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+    def shares(self, path: str, nonce: bytes) -> tuple[bool, str]:
+        """Whether this process sees a file in shared memory, and the name of its loopback."""
+        return machine.holds(path, nonce), machine.loopback()
 
     def set_mixture(self, share: float) -> None:
         """Sample with this share of the reference from now on."""
