@@ -133,7 +133,7 @@ def test_a_replica_that_could_not_be_asked_is_not_killed(tmp_path, monkeypatch):
                 number = await begun(weights)
 
                 async def refresh(timeout):
-                    raise NoFilesLeft("no files are left")
+                    raise NoFilesLeft("ask replica 1")
 
                 with monkeypatch.context() as patch:
                     patch.setattr(acted[1].replica, "refresh", refresh)

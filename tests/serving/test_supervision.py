@@ -19,6 +19,7 @@ from slipstream.serving import replicas, wire
 from slipstream.serving.asking import ReplicaLost, ask_all
 from slipstream.serving.communicator import Communicator
 from slipstream.serving.replica_process import Replica
+from slipstream.serving.router import Answer
 from slipstream.serving.settings import Settings
 from slipstream.serving.store import Store
 from slipstream.serving.streaming import StreamedResponse
@@ -204,5 +205,54 @@ def test_a_replica_is_not_doubted_by_a_server_that_has_no_files_left(monkeypatch
                 await asyncio.sleep(0.01)
             assert replica.state == "ready"
             assert replica.process.returncode is None
+
+    asyncio.run(run())
+
+
+def test_a_request_that_no_files_are_left_for_ends_in_its_error_alone(monkeypatch):
+    """The replica that it was for is not lost to anybody."""
+    asked = []
+
+    async def info(request):
+        return Response(wire.encode(REPORT), media_type=wire.MSGPACK)
+
+    async def run():
+        async with watched(None, info) as (found, replica):
+            monkeypatch.setattr(found, "suspect", lambda *replica: asked.append(replica))
+            prompts = [wire.PromptMessage(ids=wire.pack_ids([5]), n=2)]
+            message = wire.GenerateMessage(prompts=prompts, sampling=wire.SamplingMessage())
+            with (
+                no_files_left(),
+                pytest.raises(HTTPException, match=r"too many files open to ask replica 0.*ulimit"),
+            ):
+                await Answer(found, message).open()
+            assert (replica.state, replica.running, replica.process.returncode) == ("ready", 0, None)
+            assert not asked
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_no_files_are_left_for_is_started_later(monkeypatch, caplog):
+    """The server goes on meanwhile: it has others, which are well."""
+    monkeypatch.setattr(replicas, "WATCH_SECONDS", 0.05)
+    create, given_up = asyncio.create_subprocess_exec, []
+
+    async def sleep(*command, **options):
+        return await create("sleep", "60", **options)
+
+    async def run():
+        found = replicas.Replicas(Settings(model="m"), None, None, lambda: given_up.append(True))
+        [replica] = found.all
+        with no_files_left():
+            found.start()
+            await asyncio.sleep(0.2)  # as long as it takes to try four times
+            assert replica.process is None
+            assert "too many files open to start replica 0" in caplog.text
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", sleep)
+        async with asyncio.timeout(10):
+            while replica.process is None:
+                await asyncio.sleep(0.01)
+        assert (replica.state, given_up) == ("starting", [])
+        await found.stop()
 
     asyncio.run(run())

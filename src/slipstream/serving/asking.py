@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -31,8 +32,19 @@ class ReplicaLost(Exception):
     """A replica did not answer: it has died, or was silent until the deadline."""
 
 
-class NoFilesLeft(ReplicaLost):
-    """It was not asked, as this process may have no more connections. That says nothing of the replica."""
+class NoFilesLeft(Exception):
+    """A replica was not asked, or not started, as this process may open no more files. That says nothing of it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"the server has too many files open to {what}: a request takes two. Send fewer at a time, or start the "
+            "server with a higher limit (ulimit -n)"
+        )
+
+
+def out_of_files(error: BaseException) -> bool:
+    """Whether an error is that this process, or this machine, may open no more files."""
+    return getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
 
 
 def detail_of(body: bytes) -> str:
@@ -58,9 +70,9 @@ async def ask_all(
     answers: dict[Replica, M] = {}
     failed: dict[Replica, Exception] = {}
     for replica, answer in zip(asked, await asyncio.gather(*calls, return_exceptions=True), strict=True):
-        if isinstance(answer, ReplicaLost | ReplicaRefused):
+        if isinstance(answer, ReplicaLost | ReplicaRefused | NoFilesLeft):
             failed[replica] = answer
-            if isinstance(answer, ReplicaLost) and not isinstance(answer, NoFilesLeft):
+            if isinstance(answer, ReplicaLost):
                 replica.kill()
         elif isinstance(answer, BaseException):
             raise answer
@@ -70,7 +82,7 @@ async def ask_all(
 
 
 def worst(failed: dict[Replica, Exception]) -> HTTPException:
-    """One error to tell a client for those of several replicas: a refusal, or that one was lost."""
+    """One error to tell a client for those of several replicas: a refusal, or that one was lost or not asked."""
     for error in failed.values():
         if isinstance(error, ReplicaRefused):
             return HTTPException(error.status, str(error))

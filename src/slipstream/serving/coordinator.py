@@ -174,6 +174,7 @@ class Coordinator:
 
         Raises:
             ReplicaLost: it has died.
+            NoFilesLeft: it was not asked.
         """
         async with self._lock:
             await self._pushes.settle(replica, self._timeout)

@@ -61,6 +61,7 @@ class Pushes:
 
         Raises:
             ReplicaLost: it does not answer, or cannot say what it holds.
+            NoFilesLeft: it was not asked.
         """
         end = time.monotonic() + timeout
         missed = self.missed_by(replica) if give else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ import aiohttp
 import msgspec
 
 from slipstream.serving import wire
-from slipstream.serving.asking import NoFilesLeft, ReplicaLost, ReplicaRefused, detail_of
+from slipstream.serving.asking import NoFilesLeft, ReplicaLost, ReplicaRefused, detail_of, out_of_files
 from slipstream.serving.auth import VARIABLE
 
 M = TypeVar("M", bound=msgspec.Struct)
@@ -102,22 +101,32 @@ class Replica:
         return self._session
 
     async def start(self) -> None:
-        """Start the process. It is this thread's child and ends when this thread does (PR_SET_PDEATHSIG)."""
+        """Start the process. It is this thread's child and ends when this thread does (PR_SET_PDEATHSIG).
+
+        Raises:
+            NoFilesLeft: it was not started.
+        """
         self.socket.unlink(missing_ok=True)
         self.incarnation += 1
         self.report, self.holds, self.missed, self.running = None, {}, None, 0
         self.lines.clear()
         environment = {**os.environ, **self.environment}
         environment.pop(VARIABLE, None)
-        # Not through a pipe: one that is written to when the process has died already is an error of the event loop's.
-        with os.fdopen(os.memfd_create("settings"), "w+b") as settings:
-            settings.write(json.dumps(self.settings).encode())
-            settings.seek(0)
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "slipstream.serving.replica", "--socket", str(self.socket),
-                stdin=settings, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-                env=environment, start_new_session=True,
-            )  # fmt: skip
+        try:
+            # Not through a pipe: one that is written to when the process has died already is an error of the event
+            # loop's.
+            with os.fdopen(os.memfd_create("settings"), "w+b") as settings:
+                settings.write(json.dumps(self.settings).encode())
+                settings.seek(0)
+                self.process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "slipstream.serving.replica", "--socket", str(self.socket),
+                    stdin=settings, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+                    env=environment, start_new_session=True,
+                )  # fmt: skip
+        except OSError as error:
+            if out_of_files(error):
+                raise NoFilesLeft(f"start {self.name}") from error
+            raise
         self._session = aiohttp.ClientSession(
             connector=aiohttp.UnixConnector(str(self.socket), limit=0),
             # Nobody knows how long completions take; a replica that hangs is found by `Replicas`, which ends it.
@@ -157,7 +166,7 @@ class Replica:
                     if self.socket.exists():
                         try:
                             await self.refresh(timeout)
-                        except ReplicaLost:  # it listens, and is not ready
+                        except (ReplicaLost, NoFilesLeft):  # it listens, and is not ready; or nobody has asked it
                             pass
                         else:
                             return
@@ -171,6 +180,7 @@ class Replica:
 
         Raises:
             ReplicaLost: there is none within `timeout` seconds, or an error in its place: nobody knows what it holds.
+            NoFilesLeft: it was not asked.
         """
         try:
             self.report = self.known = await self.call("GET", "/info", None, wire.ReplicaReport, timeout)
@@ -186,6 +196,7 @@ class Replica:
         Raises:
             ReplicaRefused: the answer is an error.
             ReplicaLost: there is none within `timeout` seconds.
+            NoFilesLeft: it was not asked.
         """
         limit = aiohttp.ClientTimeout(total=timeout)
         async with (
@@ -211,11 +222,8 @@ class Replica:
         except TimeoutError as error:
             raise ReplicaLost(f"{self.name} did not answer {what} within {timeout or 0:g} s") from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                raise NoFilesLeft(
-                    f"the server has too many files open to ask {self.name}: a request takes two. Send fewer at a "
-                    "time, or start the server with a higher limit (ulimit -n)"
-                ) from error
+            if out_of_files(error):
+                raise NoFilesLeft(f"ask {self.name}") from error
             raise ReplicaLost(f"{self.name} did not answer {what}: {type(error).__name__} {error}") from error
 
     def doubt(self) -> None:

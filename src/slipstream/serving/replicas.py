@@ -140,7 +140,12 @@ class Replicas:
         was_up = False
         while not replica.death:
             started = time.monotonic()
-            await replica.start()
+            try:
+                await replica.start()
+            except NoFilesLeft as error:
+                log.error("%s is started later: %s", replica.name, error)
+                await asyncio.sleep(WATCH_SECONDS)
+                continue
             output = asyncio.create_task(replica.forward_output())
             try:
                 try:

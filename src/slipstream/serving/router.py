@@ -88,6 +88,8 @@ class Answer:
             for share, result in zip(shares, results, strict=True):
                 if isinstance(result, ReplicaLost):
                     parts += self._lose(share, result)
+                elif isinstance(result, NoFilesLeft):
+                    raise HTTPException(503, str(result)) from result
                 elif isinstance(result, BaseException):
                     raise result
                 else:
@@ -100,8 +102,6 @@ class Answer:
         """Give up a share; what is left of it."""
         share.close()
         self._shares.remove(share)
-        if isinstance(error, NoFilesLeft):
-            raise HTTPException(503, str(error))
         self._replicas.suspect(share.replica, share.incarnation)
         self._losses += 1
         if self._losses > MOST_LOSSES:

@@ -75,6 +75,7 @@ class Share:
         Raises:
             HTTPException: the replica refuses.
             ReplicaLost: it has died.
+            NoFilesLeft: it was not asked.
         """
         body = msgspec.structs.replace(message, prompts=[part.prompt for part in self.parts])
         async with self.replica.lost_as_error("POST /generate"):
