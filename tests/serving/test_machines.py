@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from importlib.util import find_spec
 
 import msgspec
 import pytest
@@ -27,6 +28,9 @@ INFO = wire.ServerInfo(
 HERE, THERE = (wire.ReplicaInfo(state="ready", ranks=2, shares_memory=shared) for shared in (True, False))
 
 
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+
+
 class Workers:
     """An engine with a worker on this machine, and one that is given."""
 
@@ -42,6 +46,7 @@ class Workers:
         return [("ok", (machine.holds(*arguments), machine.loopback())), ("ok", self.other)]
 
 
+@needs_vllm
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("same", [True, False])
 def test_a_replica_finds_out_where_its_workers_are(memory, same):
@@ -67,6 +72,7 @@ def test_a_replica_finds_out_where_its_workers_are(memory, same):
     asyncio.run(run())
 
 
+@needs_vllm
 def test_a_machine_without_shared_memory_serves_all_the_same(monkeypatch, tmp_path, caplog):
     from slipstream.serving import shared_file
     from slipstream.serving.replica_weights import Weights

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from slipstream.generation.guest import Guest
 from slipstream.serving import replica, wire
 from slipstream.weights.buckets import specs_of
 from slipstream.weights.export import named_tensors
+from slipstream.weights.plan import WeightUpdateError
+from slipstream.weights.transports import group as process_group
 from slipstream.weights.transports.shared_memory import Writer
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -261,6 +265,24 @@ def test_a_worker_that_refuses_leaves_no_other_receiving():
         assert verbs == ["begin", "abort"]
 
     asyncio.run(run())
+
+
+def test_a_bucket_that_arrived_changed_names_its_tensors_on_any_device(monkeypatch):
+    """The group has cut them, be its backend that of the worker's device or not."""
+    from slipstream.serving.worker import Receiver
+
+    monkeypatch.setattr(process_group, "BUCKET_BYTES", {"nccl": 4096, "gloo": 256})
+    specs = [wire.TensorSpec(name, "float32", (64,)) for name in ("first", "second", "third")]
+    came = process_group.Received([(spec.name, torch.zeros(64)) for spec in specs], [1, 2, 3], finite=True)
+    monkeypatch.setattr(process_group, "receive", lambda *arguments: came)
+    receiver = Receiver(SimpleNamespace(device=torch.device("cuda")))
+    receiver._specs, receiver._group = specs, Future()
+    receiver._group.set_result(process_group.Group("gloo", 1, 2, torch.device("cpu"), 1.0, None, None))
+    receiver._receive()
+    receiver._arriving.result(5)
+    assert receiver.arrived([1, 2, 3])
+    with pytest.raises(WeightUpdateError, match=r"differs from what was sent \(checksum\): second$"):
+        receiver.arrived([1, 9, 3])
 
 
 def test_an_engine_that_cannot_start_says_why(tiny_model):

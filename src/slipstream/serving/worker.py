@@ -120,7 +120,7 @@ class Receiver:
         def receive() -> Arrived:
             members = joined.result()
             came = group.receive(members, specs, members.device)
-            return Arrived(came.tensors, came.checksums, finite=came.finite)
+            return Arrived(came.tensors, came.checksums, members.bucket_bytes, finite=came.finite)
 
         self._arriving, self._through_group = in_background("receive", receive), True
 
@@ -149,11 +149,11 @@ class Receiver:
             )
         differ = [i for i, sums in enumerate(zip(here.checksums, checksums, strict=True)) if sums[0] != sums[1]]
         if differ:
-            if self._through_group:
-                size = group.BUCKET_BYTES["nccl" if self._worker.device.type == "cuda" else "gloo"]
-                wrong = list(dict.fromkeys(name for i in differ for name in names_in(self._specs, size, i)))
-            else:
+            if here.bucket_bytes is None:
                 wrong = [here.tensors[i][0] for i in differ]
+            else:
+                names = (name for i in differ for name in names_in(self._specs, here.bucket_bytes, i))
+                wrong = list(dict.fromkeys(names))
             raise WeightUpdateError(
                 f"weight update refused, the engine is unchanged: what arrived differs from what was sent (checksum): "
                 f"{some(wrong)}"
@@ -205,6 +205,7 @@ class Arrived:
     Args:
         tensors: By checkpoint names.
         checksums: Of the buckets they came in; None: one of each tensor is computed.
+        bucket_bytes: Size of these buckets.
         finite: Whether all values are known to be finite.
 
     Attributes:
@@ -213,9 +214,15 @@ class Arrived:
     """
 
     def __init__(
-        self, tensors: list[tuple[str, Tensor]], checksums: list[int] | None = None, finite: bool = False
+        self,
+        tensors: list[tuple[str, Tensor]],
+        checksums: list[int] | None = None,
+        bucket_bytes: int | None = None,
+        *,
+        finite: bool = False,
     ) -> None:
         self.tensors = tensors
+        self.bucket_bytes = bucket_bytes
         if checksums is None:
             # Read once: on an accelerator each reading waits for the device.
             checksums = torch.stack([checksum(t) for _, t in tensors]).tolist() if tensors else []

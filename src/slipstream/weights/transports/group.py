@@ -55,6 +55,11 @@ class Group:
     store: HttpStore
     stream: Any = None
 
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of the buckets that tensors travel in; the last one may be smaller."""
+        return BUCKET_BYTES[self.backend]
+
 
 def join(
     backend: str, store: HttpStore, rank: int, world_size: int, timeout: float, device: torch.device | str
@@ -102,7 +107,7 @@ def send(
         GroupError: a worker did not take its part within the group's timeout.
         ValueError: the tensors are not those of the specs; the group has to be left.
     """
-    size = BUCKET_BYTES[group.backend]
+    size = group.bucket_bytes
     total = layout(specs)[1]
     memory = [torch.empty(min(size, total), dtype=torch.uint8, device=group.device) for _ in range(2)]
     works: list[Any] = []
@@ -153,7 +158,7 @@ def receive(group: Group, specs: Sequence[TensorSpec], device: torch.device | st
     Raises:
         GroupError: the trainer did not send within the group's timeout, or is gone.
     """
-    size = BUCKET_BYTES[group.backend]
+    size = group.bucket_bytes
     with _on_stream(group), _Waiting(group, "the trainer"):
         staging = _staging(group, layout(specs)[1], torch.device(device))
         parts = staging.split(size) if len(staging) else ()
