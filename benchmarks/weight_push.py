@@ -1,11 +1,12 @@
 """Pushing a model's weights to a server that generates, beside a plain broadcast of the same bytes between the same
 two devices, and beside TRL's push to a `vllm serve`.
 
-    python benchmarks/weight_push.py --shape qwen2-7b --peer --out benchmarks/results/weight_push_h200_7b.json  # 2 GPUs
+    python benchmarks/weight_push.py --shape qwen2-7b qwen2-1.5b --peer --out benchmarks/results/weight_push_h100.json
     python benchmarks/weight_push.py --shape tiny                                                    # a CPU, with gloo
 
-The trainer's side is device 0, the server's device 1; weights are random. While weights are pushed the server has
-requests to answer; `paused` is how long it could not go on with them.
+The first needs two GPUs: the trainer's side is device 0, that of the servers, which all start at once, device 1.
+Weights are random. Pushes are measured to a server that has nothing to do, then to one that has requests to answer;
+`paused` is how long it could not go on with them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import logging
 import os
 import platform
-import queue
 import signal
 import socket
 import subprocess
@@ -23,10 +23,12 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,14 +43,15 @@ import shapes
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from serving.servers import start_server
+from serving.servers import Server, start_server
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from slipstream.serving.client import VLLMClient
 
 CHUNK = 1 << 30  # bytes of one plain broadcast
-TRL_PORT = 51216
 GAP_SECONDS = 1.0
+# Several engines share a GPU: each is told its cache's size, since what vLLM measures would count the others.
+ROOM = ("--gpu-memory-utilization", "0.15", "--kv-cache-memory-bytes", str(1 << 30))
 
 
 def make_model(config: PretrainedConfig, device: str) -> torch.nn.Module:
@@ -57,31 +60,32 @@ def make_model(config: PretrainedConfig, device: str) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def pushes(config: PretrainedConfig, folder: Path, device: str, repeats: int) -> dict[str, Any]:
+def start_ours(folder: Path, on_gpu: bool) -> Server:
+    """A `slipstream vllm-serve` of a model without weights."""
+    environment, options = {}, ["--load-format", "dummy", "--dtype", "bfloat16", "--enforce-eager"]
+    if on_gpu:
+        environment = {"CUDA_VISIBLE_DEVICES": "1"}
+        options += ["--max-model-len", "2048", *ROOM]
+    # The log level tells where a push's time goes.
+    return start_server(folder, *options, "--log-level", "debug", env=environment, timeout=300)
+
+
+def pushes(config: PretrainedConfig, url: str, key: str, device: str, repeats: int) -> dict[str, Any]:
     """Updates of a server's weights; the first one makes the connection and the plan."""
     weights = [(name, parameter.detach()) for name, parameter in make_model(config, device).named_parameters()]
-    environment, options = {}, ["--load-format", "dummy", "--dtype", "bfloat16", "--enforce-eager"]
-    if device != "cpu":
-        environment = {"CUDA_VISIBLE_DEVICES": "1"}
-        options += ["--gpu-memory-utilization", "0.5", "--max-model-len", "2048"]
-    options += ["--log-level", "debug"]  # where a push's time goes
     logging.basicConfig(format="%(message)s")
     logging.getLogger("slipstream.serving.sender").setLevel(logging.DEBUG)
-    server = start_server(folder, *options, env=environment, timeout=300)
-    try:
-        with VLLMClient(base_url=server.url, api_key=server.key) as client:
-            client.init_communicator(0 if device != "cpu" else "cpu", "group")
-            idle = [client.update_weights(version, weights) for version in range(1, repeats + 2)]
-            busy = []
-            with requests_at(server.url, server.key) as answered:
-                for version in range(repeats + 2, 2 * repeats + 2):
-                    # As between two training steps. Right after an update the server computes what it has of its
-                    # completions again, with the new weights, and a call waits for the end of such a step.
-                    time.sleep(GAP_SECONDS)
-                    busy.append(client.update_weights(version, weights))
-        print(*[line for line in server.output().splitlines() if " weights: " in line][-12:], sep="\n")
-    finally:
-        server.stop()
+    with VLLMClient(base_url=url, api_key=key) as client:
+        client.init_communicator(0 if device != "cpu" else "cpu", "group")
+        idle = [client.update_weights(version, weights) for version in range(1, repeats + 2)]
+        busy = []
+        with requests_at(url, key) as answered:
+            for version in range(repeats + 2, 2 * repeats + 2):
+                # As between two training steps. Right after an update the server computes what it has of its
+                # completions again, with the new weights, and a call waits for the end of such a step.
+                time.sleep(GAP_SECONDS)
+                busy.append(client.update_weights(version, weights))
+        client.close_communicator()
     return {
         "bytes": idle[0].nbytes, "tensors": idle[0].tensors, "first_seconds": idle[0].seconds,
         "seconds": [r.seconds for r in idle[1:]], "busy_seconds": [r.seconds for r in busy],
@@ -144,12 +148,12 @@ def broadcasts(device: str, size: int, repeats: int, folder: str) -> list[float]
     return seconds
 
 
-def trl_pushes(config: PretrainedConfig, url: str, repeats: int, answers: Any) -> None:
+def trl_pushes(config: PretrainedConfig, url: str, repeats: int) -> dict[str, Any]:
     """TRL's client pushes the same weights to a `vllm serve`, as its trainer does after each step."""
     from trl.generation.vllm_client import VLLMClient as TRLClient
 
     model = make_model(config, "cuda:0")
-    client = TRLClient(base_url=url, group_port=TRL_PORT, connection_timeout=240)
+    client = TRLClient(base_url=url, group_port=free_port(), connection_timeout=240)
     client.init_communicator(0)
     seconds = []
     for _ in range(repeats + 1):
@@ -159,46 +163,45 @@ def trl_pushes(config: PretrainedConfig, url: str, repeats: int, answers: Any) -
         client.reset_prefix_cache()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-    answers.put({"first_seconds": seconds[0], "seconds": seconds[1:]})
     client.close_communicator()
+    return {"first_seconds": seconds[0], "seconds": seconds[1:], "trl": metadata.version("trl")}
 
 
-def peer(config: PretrainedConfig, folder: Path, repeats: int) -> dict[str, Any]:
-    """The same with TRL and the server that its documentation starts."""
+def free_port() -> int:
+    """A port of the loopback that nobody has."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--host", "127.0.0.1",
-        "--port", str(port), "--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs",
-        "--max-logprobs", "-1", "--max-model-len", "2048", "--load-format", "dummy", "--dtype", "bfloat16",
-        "--enforce-eager", "--gpu-memory-utilization", "0.5",
-    ]  # fmt: skip
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "1", "VLLM_SERVER_DEV_MODE": "1"}
-    os.environ["VLLM_HOST_IP"] = "127.0.0.1"  # where TRL's side of the process group listens
-    log = Path(f"{folder}.log")
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(f"{url}/health", server, 240)
-        context = mp.get_context("spawn")
-        answers = context.Queue()
-        trainer = context.Process(target=trl_pushes, args=(config, url, repeats, answers))
-        trainer.start()
-        try:
-            return answers.get(timeout=180) | {"trl": metadata.version("trl")}
-        finally:
-            trainer.join(20)
-            trainer.kill()
-    except (OSError, queue.Empty) as error:
-        # Ours is reported all the same.
-        return {"error": f"{type(error).__name__}: {error}", "log": log.read_text(errors="replace")[-3000:]}
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait(30)
+        port: int = free.getsockname()[1]
+    return port
+
+
+class Peer:
+    """The `vllm serve` that TRL's documentation starts, of a model without weights."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--host", "127.0.0.1",
+            "--port", str(port), "--weight-transfer-config", '{"backend": "nccl"}',
+            "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--max-model-len", "2048",
+            "--load-format", "dummy", "--dtype", "bfloat16", "--enforce-eager", *ROOM,
+        ]  # fmt: skip
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "1", "VLLM_SERVER_DEV_MODE": "1"}
+        os.environ["VLLM_HOST_IP"] = "127.0.0.1"  # where TRL's side of the process group listens
+        self.url, self.log = f"http://127.0.0.1:{port}", Path(f"{folder}.log")
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    def wait(self) -> None:
+        """Until it answers."""
+        wait_for(f"{self.url}/health", self.process, 240)
+
+    def stop(self) -> None:
+        """End it with all its processes."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], seconds: float) -> None:
@@ -213,62 +216,98 @@ def wait_for(url: str, server: subprocess.Popen[bytes], seconds: float) -> None:
     raise TimeoutError(f"{url} did not answer")
 
 
+class Apart:
+    """Calls functions in one other process, whose memory is given back when it ends."""
+
+    def __init__(self) -> None:
+        context = mp.get_context("spawn")
+        self._calls, self._answers = context.Queue(), context.Queue()
+        self._process = context.Process(target=_answer, args=(self._calls, self._answers))
+        self._process.start()
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What `function` returns, or, as text, what it raised."""
+        self._calls.put((function, arguments))
+        return self._answers.get(timeout=300)
+
+    def end(self) -> None:
+        """No more calls."""
+        self._calls.put(None)
+        self._process.join(20)
+        self._process.kill()
+
+
+def _answer(calls: Any, answers: Any) -> None:
+    while (call := calls.get()) is not None:
+        function, arguments = call
+        try:
+            answers.put(function(*arguments))
+        except Exception as error:  # noqa: BLE001 - reported: what else was measured counts all the same
+            traceback.print_exc()
+            answers.put(f"{type(error).__name__}: {error}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=shapes.SHAPES, default="tiny")
+    parser.add_argument("--shape", choices=shapes.SHAPES, nargs="+", default=["tiny"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peer", action="store_true", help="measure TRL's push as well; needs TRL and two GPUs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = "cuda:0" if torch.cuda.device_count() > 1 else "cpu"
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name, "model")
-        config = shapes.save_config(args.shape, folder)
-        context = mp.get_context("spawn")
-        answers = context.Queue()
-        # In a process of its own, which gives its memory back.
-        ours = context.Process(target=_answer, args=(answers, config, folder, device, args.repeats))
-        ours.start()
-        pushed = answers.get(timeout=480)
-        ours.join(60)
-        if isinstance(pushed, str):
-            sys.exit(pushed)
-        broadcast = broadcasts(device, pushed["bytes"], args.repeats, name)
-        best, floor = min(pushed["seconds"]), min(broadcast)
-        result: dict[str, Any] = {
-            "shape": args.shape,
-            "device": torch.cuda.get_device_name(0) if device != "cpu" else f"{platform.machine()} CPU",
-            "versions": {p: metadata.version(p) for p in ("torch", "transformers")},
-            "push": pushed,
-            "broadcast_seconds": broadcast,
-            "gb_per_second": {"push": pushed["bytes"] / best / 1e9, "broadcast": pushed["bytes"] / floor / 1e9},
-            "ratio": best / floor,
-        }
-        report(result)
-        if args.out:
-            args.out.write_text(json.dumps(result, indent=2) + "\n")
-        if args.peer:
-            result["trl"] = peer(config, folder, args.repeats)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(0) if device != "cpu" else f"{platform.machine()} CPU",
+        "versions": {p: metadata.version(p) for p in ("torch", "transformers")}, "shapes": {},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as name, ExitStack() as leaving:
+        folders = {shape: Path(name, shape) for shape in args.shape}
+        configs = {shape: shapes.save_config(shape, folder) for shape, folder in folders.items()}
+        peers = {shape: Peer(folder) for shape, folder in folders.items()} if args.peer else {}
+        for peer in peers.values():
+            leaving.callback(peer.stop)
+        apart = Apart()
+        leaving.callback(apart.end)
+        with ThreadPoolExecutor() as starting:
+            started = starting.map(lambda folder: start_ours(folder, device != "cpu"), folders.values())
+            servers = dict(zip(folders, started, strict=True))
+        for server in servers.values():
+            leaving.callback(server.stop)
+        print("the servers are there", flush=True)
+
+        def write() -> None:
             if args.out:
                 args.out.write_text(json.dumps(result, indent=2) + "\n")
-            if "error" in result["trl"]:
-                sys.exit(f"TRL: {result['trl']['error']}\n{result['trl']['log']}")
-            theirs = min(result["trl"]["seconds"])
-            print(f"  TRL's push  {theirs:8.3f} s  {theirs / best:.1f} times ours")
+
+        for shape, server in servers.items():
+            pushed = apart(pushes, configs[shape], server.url, server.key, device, args.repeats)
+            print(*[line for line in server.output().splitlines() if " weights: " in line][-12:], sep="\n")
+            if isinstance(pushed, str):
+                sys.exit(f"{shape}: {pushed}")
+            broadcast = broadcasts(device, pushed["bytes"], args.repeats, name)
+            best, floor = min(pushed["seconds"]), min(broadcast)
+            result["shapes"][shape] = {
+                "push": pushed, "broadcast_seconds": broadcast, "ratio": best / floor,
+                "gb_per_second": {"push": pushed["bytes"] / best / 1e9, "broadcast": pushed["bytes"] / floor / 1e9},
+            }  # fmt: skip
+            write()
+            report(shape, result["device"], result["shapes"][shape])
+        for shape, peer in peers.items():
+            peer.wait()
+            theirs = apart(trl_pushes, configs[shape], peer.url, args.repeats)
+            if isinstance(theirs, str):
+                theirs = {"error": theirs, "log": peer.log.read_text(errors="replace")[-3000:]}
+                print(f"TRL, {shape}: {theirs['error']}", flush=True)
+            else:
+                ratio = min(theirs["seconds"]) / min(result["shapes"][shape]["push"]["seconds"])
+                print(f"{shape}: TRL's push {min(theirs['seconds']):.3f} s, {ratio:.1f} times ours", flush=True)
+            result["shapes"][shape]["trl"] = theirs
+            write()
 
 
-def _answer(answers: Any, *arguments: Any) -> None:
-    try:
-        answers.put(pushes(*arguments))
-    except BaseException as error:
-        answers.put(f"{type(error).__name__}: {error}")
-        raise
-
-
-def report(result: dict[str, Any]) -> None:
+def report(shape: str, device: str, result: dict[str, Any]) -> None:
     """For people."""
     pushed, rates = result["push"], result["gb_per_second"]
-    print(f"{result['shape']}: {pushed['bytes'] / 1e9:.2f} GB in {pushed['tensors']} tensors on {result['device']}")
+    print(f"{shape}: {pushed['bytes'] / 1e9:.2f} GB in {pushed['tensors']} tensors on {device}")
     paused = ", ".join(f"{seconds:.3f}" for seconds in pushed["paused"])
     busy = ", ".join(f"{seconds:.3f}" for seconds in pushed["busy_seconds"])
     print(f"  push        {min(pushed['seconds']):8.3f} s  {rates['push']:7.1f} GB/s")
