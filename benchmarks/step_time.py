@@ -3,8 +3,9 @@
 Each side runs in a process of its own, one after the other, TRL with the interpreter of --trl-python (TRL 1.16 takes
 vLLM 0.22 to 0.31).
 Sides: `ours` with the tokens of TRL's micro-batch in each of its own, `selective` the same with selective
-checkpointing, `measured` with as many as fit into the memory, `trl`. The first steps are left out. Writes JSON and prints a table; ratios are TRL's seconds over ours. Runs of natural
-lengths sample different completions: see the tokens per second, or take --fixed-length.
+checkpointing, `measured` with as many as fit into the memory, `trl`. The first steps are left out. Writes JSON and
+prints a table; ratios are TRL's seconds over ours. Runs of natural lengths sample different completions: see the tokens
+per second, or take --fixed-length.
 
     python benchmarks/step_time.py --shape qwen2-1.5b --completions 512 --sides ours measured trl \
         --out benchmarks/results/step_time_h200_1.5b_512.json                       # on a GPU
