@@ -41,6 +41,13 @@ def test_an_update_in_flight_says_which_tokens_are_whose(tmp_path):
             runs = completion.version_runs or ((0, completion.weight_version),)
             switched += len(runs) == 2
             for (first, version), end in zip(runs, [*(first for first, _ in runs[1:]), None], strict=True):
-                logps = engines.logprobs({1: old, 2: new}[version], prompt, completion.ids)
-                assert (logps - torch.tensor(completion.logprobs))[first:end].abs().max() < 2e-2
+                told = torch.tensor(completion.logprobs)[first:end]
+                mine, others = (
+                    (engines.logprobs(weights, prompt, completion.ids)[first:end] - told).abs()
+                    for weights in ((old, new) if version == 1 else (new, old))
+                )
+                # A GPU's float32 attention rounds its products to fewer bits.
+                assert mine.max() < 0.1
+                assert mine.mean() < 0.01
+                assert end is not None or first > 200 or others.mean() > 5 * mine.mean()
     assert switched
