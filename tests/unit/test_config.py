@@ -18,7 +18,7 @@ def test_defaults_are_the_fields_documented_ones():
     assert (made.vllm_mode, made.vllm_gpu_memory_utilization, made.use_vllm) == ("colocate", 0.3, False)
     assert made.vllm_importance_sampling_mode == "sequence_mask"
     assert made.vllm_importance_sampling_clip_max == 3.0
-    assert (made.gradient_checkpointing, made.selective_checkpointing) == (True, False)
+    assert made.gradient_checkpointing is True
     assert made.bf16 is False, "no accelerator, no bf16"
     assert (made.generation_batch_size, made.steps_per_generation) == (8, 1)
 
@@ -86,18 +86,6 @@ def test_a_config_survives_a_round_trip():
         ({"sapo_temperature_pos": 0.0}, "sapo_temperature_pos=0.0 .*> 0"),
         ({"entropy_coef_min": 0.5, "entropy_coef_max": 0.1}, "entropy_coef_max=0.1 .*>= 0.5"),
         ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation='sum'"),
-        (
-            {"selective_checkpointing": True, "gradient_checkpointing": False},
-            "gradient_checkpointing=False, which",
-        ),
-        (
-            {"selective_checkpointing": True, "gradient_checkpointing_kwargs": '{"use_reentrant": true}'},
-            r"gradient_checkpointing_kwargs=\{'use_reentrant': True\} .*needs use_reentrant=False",
-        ),
-        (
-            {"selective_checkpointing": True, "gradient_checkpointing_kwargs": {"context_fn": print}},
-            "needs context_fn=None",
-        ),
     ],
 )
 def test_wrong_values_are_named(values, message):

@@ -22,7 +22,6 @@ from slipstream.rollouts.rewards import RewardRunner
 from slipstream.rollouts.sampler import Slot
 from slipstream.trainers import checkpoint, inputs, journal, loading
 from slipstream.trainers.evaluating import Evaluating
-from slipstream.trainers.learning import KeepsProducts
 from slipstream.trainers.metrics import Clock, Metrics
 
 
@@ -144,8 +143,6 @@ class OnlineTrainer(Evaluating):
             f"{type(self).__name__.removesuffix('Trainer')}: {getattr(policy.config, '_name_or_path', '') or 'model'}"
         )
         self.progress, self.journal = journal.install(self, self.rewards.names, self.renderer.text, title)
-        if args.selective_checkpointing:
-            self.add_callback(KeepsProducts())
         self._resume = checkpoint.Resume(self)
         self.add_callback(self._resume)
 

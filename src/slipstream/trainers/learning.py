@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from slipstream.generation.guest import RandomStates
-from slipstream.modeling import selective
 from slipstream.modeling.attention import packed_attention
 from slipstream.modeling.budget import CudaMeter, Meter, gradients_aside, measured_budget, optimizer_promise
 from slipstream.modeling.logprobs import PolicyOutput, score_tokens
@@ -24,13 +22,6 @@ from slipstream.reporting import ProgressReporter
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.trainers.loop import SlotLoop
 from slipstream.trainers.metrics import Clock, Tally
-
-
-class KeepsProducts(TrainerCallback):
-    """Makes gradient checkpointing selective; transformers has switched it on when a run begins."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        selective.switch_on(model)
 
 
 class Learning(SlotLoop):
