@@ -29,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Compiles kernels on its first use, which needs a compiler.
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
+import psutil
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -106,7 +107,8 @@ class Stopwatch(TrainerCallback):
 def memory() -> dict[str, float]:
     """Peak of torch's memory on a GPU, and what of it is gone again (weights and caches stay); of a CPU's process."""
     if not torch.cuda.is_available():
-        return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return {"peak_gib": peak, "passing_gib": peak - psutil.Process().memory_info().rss / GIB}
     peak = torch.cuda.max_memory_allocated()
     return {"peak_gib": peak / GIB, "passing_gib": (peak - torch.cuda.memory_allocated()) / GIB}
 

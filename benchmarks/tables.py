@@ -57,10 +57,15 @@ def speed() -> str:
         what = f"Training pass, 1.5B parameters, 64 completions of {tokens}-token prompts, H200"
         theirs, ours = ways["padded, whole"]["seconds"], ways["shared, chunked"]["seconds"]
         add(what, f"training_step_h200_{tokens}", "padded rows, whole logits", theirs, ours)
-    for name, text in STEPS.items():
-        sides = results(f"step_time_h200_{name}")["sides"]
-        theirs, ours = sides["trl"]["step_seconds"], sides["ours"]["step_seconds"]
-        add(f"Step of GRPO, {text}, H200", f"step_time_h200_{name}", "TRL 1.16", theirs, ours)
+    for file, text in STEPS.items():
+        found = results(file)
+        theirs, ours = (found["sides"][side]["step_seconds"] for side in ("trl", "ours"))
+        add(f"Step of GRPO, {text}, {card(found)}", file, "TRL 1.16", theirs, ours)
+    found = results("weight_push_h100")
+    for pushed in found["shapes"].values():
+        what = f"Pushing {pushed['push']['bytes'] / 1e9:.1f} GB to a server's engine, from one {card(found)} to another"
+        theirs, ours = min(pushed["trl"]["seconds"]), min(pushed["push"]["seconds"])
+        add(what, "weight_push_h100", "TRL 1.16", theirs, ours)
     sides = results("step_time_cpu")["sides"]
     what = "Step of GRPO with transformers' generation, two CPU cores"
     add(what, "step_time_cpu", "TRL 1.16", sides["trl"]["step_seconds"], sides["ours"]["step_seconds"])
@@ -98,23 +103,28 @@ def training() -> str:
 
 
 STEPS = {
-    "135m_128": "SmolLM2-135M, 128 completions of natural length",
-    "135m_512": "SmolLM2-135M, 512 completions of natural length",
-    "1.5b_512": "1.5B parameters, 512 completions of 512 tokens",
+    "step_time_h200_135m_128": "SmolLM2-135M, 128 completions of natural length",
+    "step_time_h100_135m_512": "SmolLM2-135M, 512 completions of natural length",
+    "step_time_h200_1.5b_512": "1.5B parameters, 512 completions of 512 tokens",
 }
+
+
+def card(found: dict[str, Any]) -> str:
+    """H200, of NVIDIA H200."""
+    return str(found["device"].split()[1])
 
 
 def steps() -> str:
     """Whole steps beside TRL's, on a GPU."""
     rows = []
-    for name, what in STEPS.items():
-        sides = results(f"step_time_h200_{name}")["sides"]
+    for file, what in STEPS.items():
+        sides, device = (results(file)["sides"], card(results(file)))
         for side in ("trl", "ours"):
             found = sides[side]
             training = found["phases"]["forward"] + found["phases"]["train"]
             rows.append(
                 (
-                    what if side == "trl" else "", "TRL 1.16" if side == "trl" else "**Slipstream**",
+                    f"{what}, {device}" if side == "trl" else "", "TRL 1.16" if side == "trl" else "**Slipstream**",
                     f"{found['step_seconds']:.2f}", f"{found['phases']['generate']:.2f}", f"{training:.2f}",
                     f"{found['phases']['sync']:.3f}", f"{found['peak_gib']:.0f}", f"{found['mean_length']:.0f}",
                     f"{sides['trl']['step_seconds'] / found['step_seconds']:.1f}",

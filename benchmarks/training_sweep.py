@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -65,6 +66,10 @@ def parsed(text: str, defaults: dict[str, Any]) -> dict[str, Any]:
     return setting
 
 
+_changed: list[tuple[dict[str, Any], dict[str, Any]]] = []
+"""Modules that a setting has changed, and what they were."""
+
+
 def make_model(shape: str, setting: dict[str, Any], device: torch.device) -> nn.Module:
     """A random model of this shape, as the setting has it. It is made on the device, which is quicker."""
     torch.manual_seed(0)
@@ -75,6 +80,8 @@ def make_model(shape: str, setting: dict[str, Any], device: torch.device) -> nn.
     if setting["liger"] == "on":
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
+        # What it puts into the module of transformers is looked up in every pass, and by the models after this one.
+        _changed.append((module := vars(sys.modules[type(model).__module__]), dict(module)))
         _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
     for layer in model.model.layers if setting["compile"] != "off" else ():
         parts = [layer] if setting["compile"] == "layers" else [layer.mlp, layer.input_layernorm]
@@ -164,6 +171,9 @@ def sweep(args: argparse.Namespace, rollouts: list[Rollout], defaults: dict[str,
     for text, setting in settings.items():
         rows[text] = {"setting": setting} | measure(args, setting, rollouts, rate)
         print(line(text, rows[text]), flush=True)
+        while _changed:
+            module, before = _changed.pop()
+            module.update(before)
         # What compiled code keeps belongs to the model that is gone.
         torch.compiler.reset()
         gc.collect()
