@@ -46,6 +46,14 @@ class Samples:
     ranks: Tensor | None
 
 
+def only_decodes(description: Any) -> bool:
+    """Whether vLLM's graph of this description is for steps of a token a sequence.
+
+    One for steps of any kind may be for more tokens than vLLM has room for sequences.
+    """
+    return bool(description.num_reqs == description.num_tokens)
+
+
 class Graphs:
     """The graphs around the model's, each recorded when it is first asked for.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from slipstream.vllm_compat.sampled_logprobs import MODE, Recorder
-from slipstream.vllm_compat.steady_graphs import Graphs, Wanted, gpu
+from slipstream.vllm_compat.steady_graphs import Graphs, Wanted, gpu, only_decodes
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class SteadyRunner:
     @torch.inference_mode()
     def execute(self, step: Any, *args: Any, **options: Any) -> Any:
         """`execute_model`: None, as vLLM's where sampling follows."""
+        self.under_way = None  # not None where an exception came before the sampling
         if getattr(step, "slipstream_steady", False):
             description = self._ready(step)
             if description is not None:
@@ -170,7 +171,7 @@ class SteadyRunner:
     def _description(self, count: int) -> Any | None:
         """vLLM's name for its graph of a step of `count` sequences."""
         found = self.manager.dispatch(count, count, 1, 0)
-        return found if found.cg_mode.name == "FULL" and found in self.manager.graphs else None
+        return found if only_decodes(found) and found.cg_mode.name == "FULL" and found in self.manager.graphs else None
 
     def _samples_plainly(self, rows: np.ndarray) -> bool:
         """Whether nothing but temperatures and seeds decides what rows of vLLM's states sample."""

@@ -1,0 +1,59 @@
+"""Decode graphs, as far as no GPU is needed: which are recorded, which are taken, and whose turn it is."""
+
+from __future__ import annotations
+
+import enum
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from slipstream.vllm_compat import steady_runner
+
+Mode = enum.Enum("Mode", "NONE PIECEWISE FULL")
+
+
+class Graph(NamedTuple):
+    """What vLLM calls the description of a graph."""
+
+    num_tokens: int
+    num_reqs: int | None
+    cg_mode: Mode = Mode.FULL
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    """A model runner of vLLM's with room for 100 sequences."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    graphs = dict.fromkeys((Graph(104, 100), Graph(8, 8), Graph(96, 96), Graph(1, 1)))
+    return SimpleNamespace(
+        max_num_reqs=100, device="cpu", block_tables=None, req_states=None, sampler=None,
+        cudagraph_manager=SimpleNamespace(graphs=graphs),
+        execute_model=lambda step: "vLLM executes", sample_tokens=lambda grammar: "vLLM samples",
+    )  # fmt: skip
+
+
+def test_graphs_that_are_not_of_decode_steps_are_vllms_own_matter(runner):
+    steady = steady_runner.SteadyRunner(runner, None)
+    for found, taken in (
+        (Graph(8, 8), True),
+        (Graph(104, 100), False),  # of mixed steps: writes for 104 sequences would go past the buffers' ends
+        (Graph(16, 16), False),  # not recorded
+        (Graph(8, None, Mode.PIECEWISE), False),
+        (Graph(97, 97, Mode.NONE), False),
+    ):
+        runner.cudagraph_manager.dispatch = lambda *sizes, found=found: found
+        assert steady._description(7) == (found if taken else None)
+
+
+def test_a_step_that_was_broken_off_is_not_sampled_later(runner, monkeypatch):
+    steady = steady_runner.SteadyRunner(runner, None)
+    step = SimpleNamespace(slipstream_steady=True, scheduled_cached_reqs=SimpleNamespace(req_ids=["a"]))
+    monkeypatch.setattr(steady, "_ready", lambda step: SimpleNamespace(num_tokens=1))
+    monkeypatch.setattr(steady.graphs, "before", lambda padded: SimpleNamespace(replay=lambda: None))
+    runner.cudagraph_manager.run_fullgraph = lambda description: None
+    assert runner.execute_model(step) is None
+    # What should have come now is `sample_tokens`. An interrupt came instead.
+    assert runner.execute_model(SimpleNamespace()) == "vLLM executes"
+    assert runner.sample_tokens(None) == "vLLM samples"
