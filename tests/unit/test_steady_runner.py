@@ -9,7 +9,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from slipstream.vllm_compat import steady_runner
+from slipstream.vllm_compat import steady_graphs, steady_runner
+from slipstream.vllm_compat.steady_graphs import Graphs, Wanted
 
 Mode = enum.Enum("Mode", "NONE PIECEWISE FULL")
 
@@ -32,6 +33,26 @@ def runner(monkeypatch):
         cudagraph_manager=SimpleNamespace(graphs=graphs),
         execute_model=lambda step: "vLLM executes", sample_tokens=lambda grammar: "vLLM samples",
     )  # fmt: skip
+
+
+def test_all_sizes_are_recorded_at_once_and_the_largest_first(runner, monkeypatch):
+    recorded = []
+
+    def record(self, warm, work):
+        recorded.append(work)
+        return f"graph {len(recorded)}", None
+
+    monkeypatch.setattr(Graphs, "_record", record)
+    monkeypatch.setattr(Graphs, "_prepare", lambda self, padded: padded)
+    graphs = steady_graphs.Graphs(runner)
+    assert graphs.before(8) == "graph 2"
+    assert recorded == [96, 8, 1]  # the one for 104 tokens would be too large for 100 sequences
+    assert graphs.before(1) == "graph 3"
+    assert graphs.after(Wanted(8, scaled=False, logps=True, ranks=False)) == ("graph 5", None)
+    assert graphs.after(Wanted(96, scaled=False, logps=True, ranks=False)) == ("graph 4", None)
+    assert len(recorded) == 6
+    graphs.after(Wanted(8, scaled=True, logps=True, ranks=False))
+    assert len(recorded) == 9
 
 
 def test_graphs_that_are_not_of_decode_steps_are_vllms_own_matter(runner):

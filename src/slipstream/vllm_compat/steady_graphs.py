@@ -55,9 +55,14 @@ def only_decodes(description: Any) -> bool:
 
 
 class Graphs:
-    """The graphs around the model's, each recorded when it is first asked for.
+    """The graphs around the model's, recorded for all sizes when one is first asked for.
+
+    The largest comes first, as in vLLM's own recording: the others' logits find room in the memory of its logits. And
+    all come before the first completions: under the torch that vLLM 0.26 needs, a thread that draws random numbers on
+    the GPU, for a reward, fails while another thread records (pytorch's issue 172390).
 
     Attributes:
+        sizes: P of vLLM's graphs, in descending order.
         rows: int32 (1 + S,): how many sequences a step has, and their rows of vLLM's states.
         temperature, seeds: (S,) by row of vLLM's states. vLLM's own lie in buffers that take turns.
         one: int32 (S,): ones.
@@ -66,6 +71,7 @@ class Graphs:
     def __init__(self, runner: Any) -> None:
         self.runner, self.manager, self.tables = runner, runner.cudagraph_manager, runner.block_tables
         self.states, self.sampler = runner.req_states, runner.sampler
+        self.sizes = sorted({graph.num_tokens for graph in self.manager.graphs if only_decodes(graph)}, reverse=True)
         most, device = runner.max_num_reqs, runner.device
         integers = functools.partial(torch.zeros, dtype=torch.int32, device=device)
         self.rows, self.sampled, self.updated = integers(1 + most), integers(most), integers(most)
@@ -79,15 +85,18 @@ class Graphs:
     def before(self, padded: int) -> torch.cuda.CUDAGraph:
         """Makes what the model's graph for `padded` sequences reads, of the sequences in `rows`."""
         if padded not in self._before:
-            prepare = self._prepare(padded)
-            self._before[padded] = self._record(prepare, prepare)[0]
+            for size in self.sizes:
+                prepare = self._prepare(size)
+                self._before[size] = self._record(prepare, prepare)[0]
         return self._before[padded]
 
     def after(self, wanted: Wanted) -> tuple[torch.cuda.CUDAGraph, Samples]:
         """Samples from what the model's graph left. The samples are the same tensors every time."""
         if wanted not in self._after:
-            warm, real = (functools.partial(self._samples, wanted, rows) for rows in (self.nobody, self.updated))
-            self._after[wanted] = self._record(warm, real)
+            for size in self.sizes:
+                of = dataclasses.replace(wanted, padded=size)
+                warm, real = (functools.partial(self._samples, of, rows) for rows in (self.nobody, self.updated))
+                self._after[of] = self._record(warm, real)
         return self._after[wanted]
 
     def _prepare(self, padded: int) -> Callable[[], None]:
