@@ -144,17 +144,17 @@ class SteadyRunner:
             return None
         if names is not self.names and names != self.names:
             # Those that have ended are still known, until `finish_requests`; those of the step are not touched by it.
-            places = self.states.req_id_to_index
+            places, copy = self.states.req_id_to_index, gpu("buffer_utils", "async_copy_to_gpu")
             rows = np.fromiter((places[name] for name in names), np.int32, count)
             if self.names is None:
                 # Sequences only leave until vLLM makes a step of its own again.
                 self.simple = self._samples_plainly(rows)
                 if self.simple:
-                    self.graphs.temperature.copy_(torch.from_numpy(self.runner.sampler.sampling_states.temperature.np))
-                    self.graphs.seeds.copy_(torch.from_numpy(self.runner.sampler.sampling_states.seeds.np))
+                    states = self.runner.sampler.sampling_states
+                    copy(states.temperature.np, out=self.graphs.temperature)
+                    copy(states.seeds.np, out=self.graphs.seeds)
             if self.simple:
-                told = np.concatenate([np.array([count], np.int32), rows])
-                gpu("buffer_utils", "async_copy_to_gpu")(told, out=self.graphs.rows[: 1 + count])
+                copy(np.concatenate([np.array([count], np.int32), rows]), out=self.graphs.rows[: 1 + count])
             self.names, self.index = names, {name: place for place, name in enumerate(names)}
         if not self.simple:
             return None
