@@ -307,25 +307,39 @@ class TestOpenAI:
 
 class TestMany:
     def test_calls_beyond_the_servers_files_are_refused_and_the_others_answered(self, server):
-        """Each takes two: the client's connection and one to the replica. There are too few for the latter."""
-        [replica], headers = server.replicas(), server.headers
-        completion = {"model": calls.info(server).model, "prompt": [5, 7], "max_tokens": 200, "ignore_eos": True}
-        ours = {"prompts": [{"ids": [5, 7]}], "sampling": {"max_tokens": 200, "extra": LONG}}
+        """Each takes two: the client's connection and one to the replica. Some are left for those who come then."""
+        [replica], process = server.replicas(), psutil.Process(server.process.pid)
+        completion = {"model": calls.info(server).model, "prompt": [5, 7], "max_tokens": 2, "ignore_eos": True}
+        ours = {"prompts": [{"ids": [5, 7]}], "sampling": {"max_tokens": 2, "extra": LONG}}
 
         async def run():
             limits = httpx.Limits(max_connections=None)
-            async with httpx.AsyncClient(base_url=server.url, headers=headers, limits=limits, timeout=120) as client:
-                both = (("/generate", ours), ("/v1/completions", completion)) * 60
-                return await asyncio.gather(*(client.post(path, json=body) for path, body in both))
+            async with httpx.AsyncClient(
+                base_url=server.url, headers=server.headers, limits=limits, timeout=60
+            ) as client:
 
-        soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
-        files = psutil.Process(server.process.pid).num_fds()
-        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (files + 160, hard))
+                def ask(count):
+                    # Which of the routes comes first is chance, on a busy machine for all of the answers.
+                    both = (("/generate", ours), ("/v1/completions", completion)) * (count // 2)
+                    return [asyncio.create_task(client.post(path, json=body)) for path, body in both]
+
+                asked, before, now = ask(80), 0, 0
+                while now == 0 or now != before:  # until they have what they get
+                    await asyncio.sleep(0.3)
+                    before, now = now, process.num_fds()
+                asked += ask(60)
+                await asyncio.wait(asked, timeout=0.5)
+                replica.resume()
+                return await asyncio.gather(*asked)
+
+        soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (process.num_fds() + 160, hard))
+        replica.suspend()
         try:
             answers = asyncio.run(run())
         finally:
-            resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
-        # Which of the routes came first is chance, on a busy machine for all of the answers.
+            replica.resume()
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (soft, hard))
         assert {answer.status_code for answer in answers} == {200, 503}
         assert all("ulimit -n" in a.json()["detail"] for a in answers if a.status_code == 503)
         assert calls.info(server).replicas[0].state == "ready"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import resource
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from slipstream.serving.replica_process import Replica
 
 M = TypeVar("M", bound=msgspec.Struct)
+FILES_FOR_CLIENTS = 64  # that requests leave for connections of those who must be told that there are no more
 OTHERS = (
     "other weights of version {version} serve than those that are asked for: the server was started again, or another "
     "trainer sends it its own"
@@ -40,6 +43,33 @@ class NoFilesLeft(Exception):
             f"the server has too many files open to {what}: a request takes two. Send fewer at a time, or start the "
             "server with a higher limit (ulimit -n)"
         )
+
+
+def check_files(replica: Replica) -> None:
+    """Raise NoFilesLeft if a request to the replica would take one of the last files.
+
+    They are for clients: where the last one is taken, connections that come are broken off without an answer.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    try:
+        lowest = os.open(os.devnull, os.O_RDONLY)  # of all numbers that are free, as POSIX has it
+    except OSError as error:
+        if out_of_files(error):
+            raise no_files(replica) from error
+        raise
+    os.close(lowest)
+    if limit != resource.RLIM_INFINITY and lowest >= limit - FILES_FOR_CLIENTS:
+        raise no_files(replica)
+
+
+def no_files(replica: Replica) -> NoFilesLeft:
+    """The replica was not asked."""
+    return NoFilesLeft(f"ask {replica.name}")
+
+
+def refusal(error: NoFilesLeft) -> HTTPException:
+    """What a client is told. Its connection ends with it, for others need the file."""
+    return HTTPException(503, str(error), {"connection": "close"})
 
 
 def out_of_files(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from fastapi import HTTPException, Request
 from starlette.responses import Response
 from yarl import URL
 
-from slipstream.serving.asking import NoFilesLeft, ReplicaLost
+from slipstream.serving.asking import NoFilesLeft, ReplicaLost, check_files, refusal
 from slipstream.serving.replica_process import Replica
 from slipstream.serving.replicas import Replicas
 from slipstream.serving.streaming import PATIENCE_SECONDS, StreamedResponse
@@ -43,7 +43,7 @@ async def forward(request: Request, replicas: Replicas) -> Response:
         try:
             return await _ask(replica, request, url, body)
         except NoFilesLeft as error:
-            raise HTTPException(503, str(error)) from error
+            raise refusal(error) from error
         except ReplicaLost as error:
             replicas.suspect(replica, incarnation)
             if attempt == _ATTEMPTS:
@@ -53,6 +53,7 @@ async def forward(request: Request, replicas: Replicas) -> Response:
 
 
 async def _ask(replica: Replica, request: Request, url: URL, body: bytes) -> Response:
+    check_files(replica)
     call = _Call(replica)
     try:
         async with replica.lost_as_error(f"{request.method} {url.path}"):

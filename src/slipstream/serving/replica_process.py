@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 
 from slipstream.serving import wire
-from slipstream.serving.asking import NoFilesLeft, ReplicaLost, ReplicaRefused, detail_of, out_of_files
+from slipstream.serving.asking import NoFilesLeft, ReplicaLost, ReplicaRefused, detail_of, no_files, out_of_files
 from slipstream.serving.auth import VARIABLE
 
 M = TypeVar("M", bound=msgspec.Struct)
@@ -223,7 +223,7 @@ class Replica:
             raise ReplicaLost(f"{self.name} did not answer {what} within {timeout or 0:g} s") from error
         except (aiohttp.ClientError, ConnectionError) as error:
             if out_of_files(error):
-                raise NoFilesLeft(f"ask {self.name}") from error
+                raise no_files(self) from error
             raise ReplicaLost(f"{self.name} did not answer {what}: {type(error).__name__} {error}") from error
 
     def doubt(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import HTTPException
 
 from slipstream.serving import wire
-from slipstream.serving.asking import NoFilesLeft, ReplicaLost
+from slipstream.serving.asking import NoFilesLeft, ReplicaLost, refusal
 from slipstream.serving.replica_process import Replica
 from slipstream.serving.replicas import Replicas
 from slipstream.serving.share import Part, Share
@@ -89,7 +89,7 @@ class Answer:
                 if isinstance(result, ReplicaLost):
                     parts += self._lose(share, result)
                 elif isinstance(result, NoFilesLeft):
-                    raise HTTPException(503, str(result)) from result
+                    raise refusal(result) from result
                 elif isinstance(result, BaseException):
                     raise result
                 else:

@@ -11,7 +11,7 @@ import msgspec
 from fastapi import HTTPException
 
 from slipstream.serving import wire
-from slipstream.serving.asking import ReplicaLost, detail_of
+from slipstream.serving.asking import ReplicaLost, check_files, detail_of
 from slipstream.serving.replica_process import Replica
 
 
@@ -77,6 +77,7 @@ class Share:
             ReplicaLost: it has died.
             NoFilesLeft: it was not asked.
         """
+        check_files(self.replica)
         body = msgspec.structs.replace(message, prompts=[part.prompt for part in self.parts])
         async with self.replica.lost_as_error("POST /generate"):
             self.response = await self.replica.open("POST", "/generate", body)
