@@ -8,7 +8,7 @@ import httpx
 import msgspec
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
@@ -155,3 +155,37 @@ def test_deep_nesting_is_refused(server, body, kind):
     for path in (*ROUTES, "/communicator/store"):
         answer = CLIENT.post(server.url + path, content=body, headers={**server.headers, "content-type": kind})
         assert answer.status_code == 400
+
+
+OPENAI = {
+    "prompt": st.lists(st.integers(-2, 130), max_size=5) | st.text(max_size=9) | ANYTHING,
+    "messages": st.lists(st.dictionaries(st.sampled_from(["role", "content", "x"]), ANYTHING), max_size=2) | ANYTHING,
+    "model": ANYTHING, "n": st.integers(-1, 3) | ANYTHING, "max_tokens": st.integers(-1, 300) | ANYTHING,
+    "max_completion_tokens": st.integers(-1, 20), "temperature": st.floats(-1, 3) | ANYTHING,
+    "logprobs": st.integers(-2, 30) | ANYTHING, "top_logprobs": st.integers(-2, 30), "stop": ANYTHING,
+    "seed": st.integers(-(2**70), 2**70), "stream": st.booleans(), "echo": st.booleans(),
+    "logit_bias": st.dictionaries(st.text(max_size=3), ANYTHING, max_size=2), "stop_token_ids": ANYTHING,
+    "prompt_logprobs": st.integers(-2, 30), "response_format": ANYTHING, "tools": ANYTHING,
+    "structured_outputs": ANYTHING | st.dictionaries(
+        st.sampled_from(["regex", "json", "choice", "grammar", "structural_tag"]), ANYTHING, max_size=2
+    ),
+    "chat_template_kwargs": ANYTHING,
+}  # fmt: skip
+
+
+RIGHT = {"prompt": [5], "messages": [{"role": "user", "content": "1"}], "max_tokens": 2}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    path=st.sampled_from(["completions", "chat/completions"]), right=st.booleans(),
+    body=st.fixed_dictionaries({}, optional=OPENAI),
+)  # fmt: skip
+def test_openai_bodies_are_served_or_refused(server, path, right, body):
+    try:
+        content = msgspec.json.encode(body | RIGHT if right else body)
+    except (msgspec.MsgspecError, OverflowError, UnicodeEncodeError):  # what JSON cannot carry
+        reject()
+    headers = {**server.headers, "content-type": "application/json"}
+    answer = CLIENT.post(f"{server.url}/v1/{path}", content=content, headers=headers)
+    assert answer.status_code in (200, 400, 404, 413, 422), answer.text

@@ -304,6 +304,40 @@ class TestOpenAI:
         assert answer.status_code in (400, 404, 422)
         assert httpx.get(f"{server.url}/v1/nothing", headers=server.headers).status_code == 404
 
+    @pytest.mark.parametrize(
+        ("path", "body", "status", "reason"),
+        [
+            ("completions", {"prompt": [[5]] * 16_385, "max_tokens": 1}, 413, "at most 16384 (--max-prompts)"),
+            ("completions", {"prompt": ["5"] * 9, "n": 8000, "max_tokens": 1}, 413, "72000 completions are asked for"),
+            ("completions", {"prompt": [5] * 9, "n": "70000", "max_tokens": 1}, 413, "70000 completions are asked for"),
+            ("completions", {"prompt": [5] * 200, "n": 2, "max_tokens": 2**28}, 413, "536871312 tokens are asked for"),
+            ("completions", {"prompt": "5" * 5000, "n": 60_000}, 413, "315360000 tokens are asked for"),
+            (
+                "chat/completions", {"messages": [{"role": "user", "content": "5" * 5000}], "n": 60_000}, 413,
+                "315600000 tokens are asked for",
+            ),
+            (
+                "chat/completions", {"messages": [{"role": "user", "content": "5"}], "max_completion_tokens": 2**29},
+                413, "tokens are asked for",
+            ),
+            ("completions", {"prompt": "5", "n": " 2"}, 400, "Expected `int | null`"),
+            ("completions", {"prompt": "5", "n": 2.5}, 400, "Expected `int | null`"),
+        ],
+    )  # fmt: skip
+    def test_it_takes_no_more_than_our_own_routes(self, server, path, body, status, reason):
+        """vLLM makes a request of each completion before it does anything else, and would fill the memory with them."""
+        answer = httpx.post(f"{server.url}/v1/{path}", json=body, headers=server.headers, timeout=60)
+        assert answer.status_code == status
+        assert reason in answer.json()["detail"]
+
+    @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"prompt": ' + b"[" * 100_000])
+    def test_what_cannot_be_read_is_refused(self, server, body):
+        headers = {**server.headers, "content-type": "application/json"}
+        for path in ("completions", "chat/completions"):
+            answer = httpx.post(f"{server.url}/v1/{path}", content=body, headers=headers)
+            assert answer.status_code == 400
+            assert answer.json()["detail"]
+
 
 class TestMany:
     def test_calls_beyond_the_servers_files_are_refused_and_the_others_answered(self, server):

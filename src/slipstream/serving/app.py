@@ -166,7 +166,7 @@ class Server:
     async def openai(self, request: Request) -> Response:
         """vLLM's OpenAI-compatible routes."""
         await request.body()
-        return await while_there(request.receive, forward(request, self.replicas))
+        return await while_there(request.receive, forward(request, self.replicas, self.limits))
 
 
 def make_app(server: Server, key: str) -> Any:

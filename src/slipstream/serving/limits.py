@@ -97,14 +97,64 @@ def check_generate(message: wire.GenerateMessage, limits: Limits) -> None:
         mixture_of_call(message, limits.reference)
     except (ValueError, OverflowError) as error:
         raise HTTPException(400, str(error)) from error
-    asked = {
-        "prompts": (len(message.prompts), limits.prompts),
-        "completions": (sum(prompt.n for prompt in message.prompts), limits.completions),
-        "tokens": (sum(p.n * (_length(p) + message.sampling.max_tokens) for p in message.prompts), limits.tokens),
-    }
-    for what, (count, most) in asked.items():
+    _refuse_more(
+        limits,
+        prompts=len(message.prompts),
+        completions=sum(prompt.n for prompt in message.prompts),
+        tokens=sum(p.n * (_length(p) + message.sampling.max_tokens) for p in message.prompts),
+    )
+
+
+class _OpenAIBody(msgspec.Struct):
+    """What says how much a body of vLLM's OpenAI routes asks for. The rest of it is vLLM's to judge."""
+
+    prompt: Any = None
+    messages: Any = None
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    structured_outputs: dict[str, Any] | None = None  # vLLM answers 500 to those of another type
+
+
+def check_openai(body: bytes, limits: Limits, max_model_len: int) -> None:
+    """Check how much a body of vLLM's OpenAI routes asks for: vLLM makes all of it at once, and nothing else meanwhile.
+
+    Args:
+        max_model_len: Tokens of a completion for which the body has no number.
+
+    Raises:
+        HTTPException: 400, it cannot be read; 413, it asks for too much.
+    """
+    try:
+        asked = msgspec.json.decode(body, type=_OpenAIBody, strict=False)  # vLLM takes "2" for 2, too
+    except ValueError as error:
+        raise HTTPException(400, f"the body cannot be read: {error}") from error
+    given = asked.messages if asked.prompt is None else asked.prompt
+    several = isinstance(given, list) and bool(given) and isinstance(given[0], list | str)
+    prompts = given if several else [given]
+    n = 1 if asked.n is None else asked.n
+    limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+    each = max_model_len if limit is None else limit
+    _refuse_more(
+        limits,
+        prompts=len(prompts),
+        completions=n * len(prompts),
+        tokens=sum(n * (_openai_length(prompt) + each) for prompt in prompts),
+    )
+
+
+def _openai_length(prompt: Any) -> int:
+    ids = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
+    return len(prompt) if ids else characters(prompt)
+
+
+def _refuse_more(limits: Limits, **asked: int) -> None:
+    for what, option in (("prompts", "prompts"), ("completions", "completions"), ("tokens", "request-tokens")):
+        count, most = asked[what], getattr(limits, what)
         if count > most:
-            raise HTTPException(413, f"{count} {what} are asked for in one request; the server takes at most {most}")
+            raise HTTPException(
+                413, f"{count} {what} are asked for in one request; the server takes at most {most} (--max-{option})"
+            )
 
 
 def _check_prompt(place: str, prompt: wire.PromptMessage) -> None:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from yarl import URL
 
 from slipstream.serving.asking import NoFilesLeft, ReplicaLost, check_files, refusal
+from slipstream.serving.limits import Limits, check_openai
 from slipstream.serving.replica_process import Replica
 from slipstream.serving.replicas import Replicas
 from slipstream.serving.streaming import PATIENCE_SECONDS, StreamedResponse
@@ -24,11 +25,12 @@ _OWN_HEADERS = {
 _ATTEMPTS = 3
 
 
-async def forward(request: Request, replicas: Replicas) -> Response:
+async def forward(request: Request, replicas: Replicas, limits: Limits) -> Response:
     """The answer of the least busy replica; of another if it dies before it answers.
 
     Raises:
-        HTTPException: 503 or 409, no replica serves; 404, the path leaves /v1.
+        HTTPException: 503 or 409, no replica serves; 404, the path leaves /v1; 400 or 413, the body is wrong, or asks
+            for more than `limits`.
     """
     path, query = request.scope["path"], request.scope["query_string"].decode("latin-1")
     # Quoted anew: what was quoted twice must not become a ".." that the replica, or the URL, then follows.
@@ -37,6 +39,8 @@ async def forward(request: Request, replicas: Replicas) -> Response:
         raise HTTPException(404, "there is no such route")
     body = await request.body()
     target = replicas.serving()
+    if request.method == "POST":
+        check_openai(body, limits, max(r.report.max_model_len for r in target if r.report is not None))
     for attempt in range(1, _ATTEMPTS + 1):
         replica = min(target, key=lambda found: found.running)
         incarnation = replica.incarnation
