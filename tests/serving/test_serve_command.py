@@ -149,6 +149,11 @@ class TestOptions:
             ([], "model is missing: give it as --model"),
             (["--model", "m", "--port", "70000"], "port=70000 is not allowed: it must be an integer >= 0 and <= 65535"),
             (["--model", "m", "--vllm-model-impl", "hf"], "vllm_model_impl='hf' is not one of 'vllm', 'transformers'"),
+            (["--model", "m", "--dtype", "fp16"], "dtype='fp16' is not one of 'auto', 'float32', 'bfloat16'"),
+            (
+                ["--model", "m", "--distributed-executor-backend", "multiprocessing"],
+                "distributed_executor_backend='multiprocessing' is not one of 'mp', 'ray', 'uni'",
+            ),
             (["--model", "m", "--speculative-config", "{"], "speculative_config='{' is not JSON"),
             (["--model", "m", "--data-parallel-size", "0"], "data_parallel_size=0 is not allowed"),
             (["--model", "m", "stray"], "unexpected argument 'stray'"),

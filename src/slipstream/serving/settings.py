@@ -9,6 +9,8 @@ from typing import Any
 
 from slipstream.checks import number, one_of
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")
+BACKENDS = ("mp", "ray", "uni")  # external_launcher needs a launcher
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 # Engine options under the name that they have here.
 RENAMED = {"model_impl": "vllm_model_impl"}
@@ -94,6 +96,10 @@ class Settings:
         number("gpu_memory_utilization", self.gpu_memory_utilization, above=0, most=1)
         number("start_timeout", self.start_timeout, above=0)
         number("update_timeout", self.update_timeout, above=0)
+        one_of("dtype", self.dtype, DTYPES)
+        backend = self.distributed_executor_backend
+        if backend is not None and "." not in backend:  # a class of the user's own has a dotted name
+            one_of("distributed_executor_backend", backend, BACKENDS)
         one_of("vllm_model_impl", self.vllm_model_impl, ("vllm", "transformers"))
         one_of("log_level", self.log_level, LOG_LEVELS)
         self.speculative_config = self._mapping("speculative_config", self.speculative_config)
