@@ -7,6 +7,7 @@ import os
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -275,6 +276,21 @@ def test_groups_carry_tensors_around_bucket_edges(members, count):
         assert [queue.get(timeout=30) for _ in range(count)] == [(expected, sums)] * count
         assert len(sums) == -(-layout(announced)[1] // BUCKET)
     assert not torch.distributed.is_initialized()
+
+
+def test_members_listen_where_they_reach_each_other_alone(members):
+    """Left to itself, gloo takes the address of the host's name, which others may reach."""
+
+    def listening():
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        connections = [c for process in processes for c in process.net_connections("tcp")]
+        return {tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN}
+
+    before = listening()  # the store, and what other tests have started
+    members(1)
+    ours = listening() - before
+    assert len(ours) == 2
+    assert {address for address, _ in ours} == {"127.0.0.1"}
 
 
 def test_a_worker_that_dies_is_an_error_at_once(members):
