@@ -267,6 +267,27 @@ def test_a_trainer_that_did_not_come_to_its_group_is_not_waited_for(client, chan
     client.close_communicator()
 
 
+def test_a_group_of_another_size_names_the_workers_that_there_are(client, changed, monkeypatch):
+    """A replica has ended, or come up, between the two questions."""
+    post = client._connection.post
+
+    def post_to_more(path, message, kind, **options):
+        reply = post(path, message, kind, **options)
+        if isinstance(reply, CommunicatorReply):
+            reply.world_size += 1
+        return reply
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client._connection, "post", post_to_more)
+        told = r"group is of 2 workers and this trainer, but the server's replicas .* \(replica 0 has 1\)"
+        with pytest.raises(ConnectionError, match=told):
+            client.init_communicator("cpu", "group")
+    client.init_communicator("cpu", "group")
+    client.update_weights(next_version(client), named(changed))
+    assert served(client) == greedy(changed)
+    client.close_communicator()
+
+
 def test_trls_calls_are_one_update(client, changed):
     before = served(client)
     client.init_communicator("cpu")
