@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from concurrent.futures import Future
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
 import torch.distributed as dist
@@ -283,6 +285,21 @@ def test_a_bucket_that_arrived_changed_names_its_tensors_on_any_device(monkeypat
     assert receiver.arrived([1, 2, 3])
     with pytest.raises(WeightUpdateError, match=r"differs from what was sent \(checksum\): second$"):
         receiver.arrived([1, 9, 3])
+
+
+def test_a_vllm_with_other_openai_classes_serves_all_but_these(monkeypatch):
+    from slipstream.vllm_compat import openai
+
+    monkeypatch.setitem(sys.modules, "vllm.entrypoints.openai.completion.serving", None)
+    app = openai.app(None)
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as client:
+            return [await client.post("/v1/completions", json={}), await client.get("/v1/models")]
+
+    for answer in asyncio.run(ask()):
+        assert answer.status_code == 501
+        assert "has other classes for the OpenAI routes than are known: " in answer.json()["detail"]
 
 
 def test_an_engine_that_cannot_start_says_why(tiny_model):
