@@ -8,6 +8,8 @@ from pathlib import Path
 
 SEEN: list[tuple[int, str, list[int]]] = []
 """What was sampled: step, prompt, token ids."""
+ASKED: list[int] = []
+"""Completions that each of this rank's calls to its engine asked for."""
 
 
 def digits(prompts, completions, completion_ids, trainer_state, **_):
@@ -30,10 +32,18 @@ def main() -> None:
         eval_strategy="steps", eval_steps=2, **{"gradient_checkpointing": False} | settings,
     )  # fmt: skip
     trainer = GRPOTrainer(model, digits, args, Dataset.from_list(rows), Dataset.from_list(rows[:7]))
+    generate = trainer.engine.generate
+
+    def noted(requests, *arguments, **options):
+        ASKED.append(sum(request.n for request in requests))
+        return generate(requests, *arguments, **options)
+
+    trainer.engine.generate = noted
     trainer.train()
     trainer.save_model()
     (folder / f"rank{args.process_index}.json").write_text(json.dumps(trainer.state.log_history))
     (folder / f"sampled{args.process_index}.json").write_text(json.dumps(sorted(SEEN)))
+    (folder / f"asked{args.process_index}.json").write_text(json.dumps(ASKED))
     trainer.close()
 
 

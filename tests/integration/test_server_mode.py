@@ -76,6 +76,10 @@ def test_a_run_against_a_server_learns_what_a_colocated_one_does(tiny_model, tmp
     assert max(e["sampling/sampling_logp_difference/max"] for e in history if "loss" in e) < 1e-4
     assert all(e["sync/bytes"] > 0 for e in history if "sync/bytes" in e)
     assert any("sync/bytes" in e for e in history)
+    # Each rank asks for its own share: of 7 prompts that are evaluated, and of the 12 completions of a step.
+    for rank in range(ranks):
+        asked = json.loads((tmp_path / "run" / f"asked{rank}.json").read_text())
+        assert asked == ([7, 12, 12, 7] if ranks == 1 else [4, 6, 6, 4])
 
 
 def trainer(model, folder, server, **settings):
