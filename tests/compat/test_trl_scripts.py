@@ -100,20 +100,22 @@ def test_peft_and_kl(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_server_and_two_ranks(run, tiny_model, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_server_and_launched_ranks(run, tiny_model, tmp_path, ranks):
     server = start_server(tiny_model)
     try:
         rows = [{"prompt": f"What is {r['question']}", "solution": r["solution"]} for r in QUESTIONS]
         # For GPUs the launcher sees by itself that there are several; on CPUs --multi_gpu says it.
-        launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-                    "--main_process_port", "0")  # fmt: skip
+        several = ("--multi_gpu", "--main_process_port", "0") if ranks > 1 else ()
+        launcher = ("-m", "accelerate.commands.launch", "--num_processes", str(ranks), *several)
         places = {"PORT": str(server.port), "SLIPSTREAM_API_KEY": server.key}
         run("server.py", rows, *launcher, ACCELERATE_USE_CPU="true", **places)
     finally:
         server.stop()
     out = tmp_path / "out"
     assert_saved(out)
-    assert {file.name for file in (out / "checkpoint-2").glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    states = {file.name for file in (out / "checkpoint-2").glob("rng_state*")}
+    assert states == ({"rng_state.pth"} if ranks == 1 else {"rng_state_0.pth", "rng_state_1.pth"})
     # The first rank's rows; those of the second are in the metrics.
     versions = {json.loads(line)["weight_version"] for line in (out / "completions.jsonl").open()}
     assert versions == {0, 1}
