@@ -40,7 +40,7 @@ def started(path, **options):
     options = {"max_num_seqs": 64, "gpu_memory_utilization": 0.2, **options}
     engine = ColocateEngine(model=str(path), dtype="bfloat16", max_model_len=256, **options)
     engine.update_weights(0, named_tensors(model))
-    return model, engine, process.worker_of(engine._llm).model_runner.execute_model.__self__
+    return model, engine, getattr(process.worker_of(engine._llm).model_runner.execute_model, "__self__", None)
 
 
 def ask(engine, sampling):
@@ -108,5 +108,18 @@ def test_new_weights_and_sleep(path):
         engine.update_weights(2, named_tensors(model))
         assert ask(engine, BY_GRAPHS["fixed"]) == second
         assert runner.steps > 300
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_graphs_of_other_kinds_are_vllms(path, mode):
+    """Those of whole mixed steps may have room for more tokens than sequences; those of parts have no whole step."""
+    options = {"compilation_config": {"cudagraph_mode": mode}}
+    model, engine, runner = started(path, max_num_seqs=20, engine_kwargs=options)
+    try:
+        answers = ask(engine, BY_GRAPHS["natural"])
+        check_scores(model, answers)
+        assert all(len(ids) == len(logps) for ids, logps, _ in answers)
     finally:
         engine.close()
