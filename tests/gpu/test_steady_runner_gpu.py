@@ -116,7 +116,7 @@ def test_new_weights_and_sleep(path):
 def test_graphs_of_other_kinds_are_vllms(path, mode):
     """Those of whole mixed steps may have room for more tokens than sequences; those of parts have no whole step."""
     options = {"compilation_config": {"cudagraph_mode": mode}}
-    model, engine, runner = started(path, max_num_seqs=20, engine_kwargs=options)
+    model, engine, _ = started(path, max_num_seqs=20, engine_kwargs=options)
     try:
         answers = ask(engine, BY_GRAPHS["natural"])
         check_scores(model, answers)
