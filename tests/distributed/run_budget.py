@@ -54,3 +54,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    resumable.leave()

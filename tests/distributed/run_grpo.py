@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+from ending import leave
+
 SEEN: list[tuple[int, str, list[int]]] = []
 """What was sampled: step, prompt, token ids."""
 ASKED: list[int] = []
@@ -49,3 +51,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+from ending import leave
+
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "integration")]
 
 
@@ -73,3 +75,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

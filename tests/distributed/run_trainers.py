@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+from ending import leave
+
 
 def digits(completions, **_):
     """The share of digits; some completions are not scored, so that ranks keep different numbers of pairs."""
@@ -42,3 +44,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -84,3 +84,4 @@ def main(rank, file):
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2])
+    dist.destroy_process_group()

@@ -64,9 +64,15 @@ def main() -> None:
     with open(os.path.join(folder, f"history{trainer.args.process_index}.json"), "w") as out:
         json.dump(trainer.state.log_history, out)
     trainer.close()
-    if torch.distributed.is_initialized():
-        # Else gloo's threads are still connected when the interpreter ends, and at times abort the process.
-        torch.distributed.destroy_process_group()
+    leave()
+
+
+def leave():
+    """End the process group: else gloo's threads are connected when the interpreter ends, and at times abort it."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
