@@ -82,7 +82,7 @@ def test_an_update_in_flight_says_which_tokens_are_whose(client, path):
             answers = running.result(120)
         for prompt, group in zip(PROMPTS, answers, strict=True):
             for completion in group:
-                if len(completion.version_runs) < 2 or switched == 16:  # it ended before, or began after
+                if len(completion.version_runs) < 2:  # it ended before, or began after
                     continue
                 switched += 1
                 (_, before), (first, after) = completion.version_runs
