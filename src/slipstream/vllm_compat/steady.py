@@ -23,9 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from slipstream.vllm_compat import steady_runner
 from slipstream.vllm_compat.prefix_cache import reset_quickly
-from slipstream.vllm_compat.sampled_logprobs import Recorder
 from slipstream.vllm_compat.steady_batch import SWITCH, Batch
 
 logger = logging.getLogger(__name__)
@@ -34,27 +32,17 @@ VERSIONS = ("0.26.", "0.32.")
 """vLLM's versions whose scheduler was read, and is tested, for what is skipped here."""
 
 
-def install(core: Any, version: str, recorder: Recorder | None = None, *, graphs: bool = True) -> str | None:
-    """Let the scheduler of an engine core decode steadily, and its model runner where `steady_runner` knows it.
+def install(core: Any, version: str) -> str | None:
+    """Let the scheduler of an engine core decode steadily. Returns why not, where it cannot.
 
     Args:
         core: vLLM's `EngineCore`, in this process, without requests.
         version: Of vLLM.
-        recorder: What records the log-probabilities of sampled tokens in the engine's worker, if anything does.
-        graphs: Whether the model runner may make its steps of graphs.
-
-    Returns:
-        Why the scheduler cannot, or None.
     """
     scheduler = core.scheduler
     why = _obstacle(scheduler, version)
     if why is None:
         _Steady(scheduler)
-        worker = getattr(core.model_executor, "driver_worker", None)
-        worker = getattr(worker, "worker", worker)
-        if graphs and hasattr(worker, "model_runner"):
-            slower = steady_runner.install(worker, version, recorder)
-            logger.info("steady steps: %s", f"by vLLM's own runner, since {slower}" if slower else "CUDA graphs")
     return why
 
 
@@ -100,8 +88,9 @@ def prepare(kind: Any, version: str) -> None:
     def made(self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
         reset_quickly(self.scheduler)
-        # Graphs that tell ranks beside log-probabilities, as a server's requests want, have not run on a GPU yet.
-        if why := install(self, version, graphs=False):
+        # Without `steady_runner`: its graphs that tell ranks beside log-probabilities, which a server's requests want,
+        # have not run on a GPU yet.
+        if why := install(self, version):
             logger.info("every sequence is scheduled by itself in every step, which is slower, since %s", why)
 
     kind.__init__, kind.tokens_so_far = made, tokens_so_far
