@@ -28,10 +28,9 @@ STEPS = {
     "none": "Slipstream, none",
 }  # fmt: skip
 OURS = {"Slipstream", "Slipstream, none", "or prompts shared"}
-WHOLE = {"step_time_h200_1.5b_512": "qwen2-1.5b", "step_time_h200_135m_128": "smollm2-135m"}
-STEPS_TEXT = {
-    "step_time_h200_1.5b_512": "1.5B, 512 completions of 512 tokens, H200",
-    "step_time_h200_135m_128": "SmolLM2-135M, 128 completions, H200",
+WHOLE = {
+    "step_time_h200_1.5b_512": ("qwen2-1.5b", "1.5B, 512 completions of 512 tokens, H200"),
+    "step_time_h200_135m_128": ("smollm2-135m", "SmolLM2-135M, 128 completions, H200"),
 }
 PHASES = {
     ("generate",): ("generation", "tab:blue"),
@@ -101,7 +100,7 @@ def step_floor(found: dict[str, Any], shape: str, rate: float) -> dict[str, floa
 def draw_steps(pyplot: Any, rate: float) -> None:
     """Whole steps, by phase."""
     figure, places = pyplot.subplots(1, 2, figsize=(12, 2.6))
-    for axes, (file, shape) in zip(places, WHOLE.items(), strict=True):
+    for axes, (file, (shape, text)) in zip(places, WHOLE.items(), strict=True):
         found = results(file)
         rows = {"TRL 1.16": found["sides"]["trl"]["phases"], "Slipstream": found["sides"]["ours"]["phases"]}
         rows["floor"] = step_floor(found, shape, rate)
@@ -114,7 +113,7 @@ def draw_steps(pyplot: Any, rate: float) -> None:
             axes.text(total, i, f" {total:.2f} s", va="center", fontsize=9)
         axes.invert_yaxis()
         axes.margins(x=0.15)
-        axes.set_title(f"A step of GRPO, {STEPS_TEXT[file]}", fontsize=10)
+        axes.set_title(f"A step of GRPO, {text}", fontsize=10)
         axes.set_xlabel("seconds")
     places[0].legend(loc="lower right", fontsize=8)
     figure.tight_layout()

@@ -118,7 +118,8 @@ def steps() -> str:
     """Whole steps beside TRL's, on a GPU."""
     rows = []
     for file, what in STEPS.items():
-        sides, device = (results(file)["sides"], card(results(file)))
+        measured = results(file)
+        sides, device = measured["sides"], card(measured)
         for side in ("trl", "ours"):
             found = sides[side]
             training = found["phases"]["forward"] + found["phases"]["train"]

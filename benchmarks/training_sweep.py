@@ -11,14 +11,15 @@ import argparse
 import gc
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import flops
 import torch
 from shapes import SHAPES
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from slipstream.modeling.attention import packed_attention
 from slipstream.modeling.logprobs import score_tokens
@@ -66,8 +67,15 @@ def parsed(text: str, defaults: dict[str, Any]) -> dict[str, Any]:
     return setting
 
 
-_changed: list[tuple[dict[str, Any], dict[str, Any]]] = []
-"""Modules that a setting has changed, and what they were."""
+@contextmanager
+def module_kept(shape: str) -> Iterator[None]:
+    """What Liger puts into the module of transformers is looked up in every pass, and by the models after: undo it."""
+    module = vars(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(SHAPES[shape])].__module__])
+    before = dict(module)
+    try:
+        yield
+    finally:
+        module.update(before)
 
 
 def make_model(shape: str, setting: dict[str, Any], device: torch.device) -> nn.Module:
@@ -80,8 +88,6 @@ def make_model(shape: str, setting: dict[str, Any], device: torch.device) -> nn.
     if setting["liger"] == "on":
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        # What it puts into the module of transformers is looked up in every pass, and by the models after this one.
-        _changed.append((module := vars(sys.modules[type(model).__module__]), dict(module)))
         _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
     for layer in model.model.layers if setting["compile"] != "off" else ():
         parts = [layer] if setting["compile"] == "layers" else [layer.mlp, layer.input_layernorm]
@@ -169,11 +175,9 @@ def sweep(args: argparse.Namespace, rollouts: list[Rollout], defaults: dict[str,
     rate = flops.matrix_rate(device)
     rows = {}
     for text, setting in settings.items():
-        rows[text] = {"setting": setting} | measure(args, setting, rollouts, rate)
+        with module_kept(args.shape):
+            rows[text] = {"setting": setting} | measure(args, setting, rollouts, rate)
         print(line(text, rows[text]), flush=True)
-        while _changed:
-            module, before = _changed.pop()
-            module.update(before)
         # What compiled code keeps belongs to the model that is gone.
         torch.compiler.reset()
         gc.collect()

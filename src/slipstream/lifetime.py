@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that one ends."""
+"""How processes end: with the one that started them, however that one ends; and apart from those of their run."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ def die_with_parent(parent: int | None = None) -> None:
         parent = started_by.pid
     if parent is not None and os.getppid() != parent:
         raise SystemExit(f"the process that started this one ({parent}) is gone")
+
+
+def leave_process_group() -> None:
+    """End torch.distributed's default process group, if there is one, before the interpreter ends.
+
+    Else gloo's threads are connected then, and at times abort it: a run that failed, to all appearances.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 import resumable
 import torch
 
+from slipstream.lifetime import leave_process_group
 from slipstream.modeling import budget
 from slipstream.trainers import learning
 
@@ -54,4 +55,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    resumable.leave()
+    leave_process_group()

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from ending import leave
+from slipstream.lifetime import leave_process_group
 
 SEEN: list[tuple[int, str, list[int]]] = []
 """What was sampled: step, prompt, token ids."""
@@ -51,4 +51,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    leave_process_group()

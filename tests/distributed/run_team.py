@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from ending import leave
+from slipstream.lifetime import leave_process_group
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "integration")]
 
@@ -75,4 +75,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    leave_process_group()

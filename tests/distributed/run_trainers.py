@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from ending import leave
+from slipstream.lifetime import leave_process_group
 
 
 def digits(completions, **_):
@@ -44,4 +44,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    leave_process_group()

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from slipstream.generation.engine import EngineLostError
 from slipstream.generation.server import ServerEngine
+from slipstream.lifetime import leave_process_group
 from slipstream.serving.client import ServerError
 from slipstream.trainers.generating import Generating
 
@@ -84,4 +85,4 @@ def main(rank, file):
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2])
-    dist.destroy_process_group()
+    leave_process_group()

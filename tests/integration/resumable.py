@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 
+from slipstream.lifetime import leave_process_group
+
 ROWS = [
     {"prompt": [{"role": "user", "content": f"{a}+{b}=?"}], "solution": str(a + b)} for a in range(8) for b in range(8)
 ]
@@ -64,15 +66,7 @@ def main() -> None:
     with open(os.path.join(folder, f"history{trainer.args.process_index}.json"), "w") as out:
         json.dump(trainer.state.log_history, out)
     trainer.close()
-    leave()
-
-
-def leave():
-    """End the process group: else gloo's threads are connected when the interpreter ends, and at times abort it."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

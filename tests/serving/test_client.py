@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import http.server
 import os
 import socket
 import subprocess
@@ -19,6 +18,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from serving.pretend import answering
 from serving.servers import start_server, until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -439,28 +439,15 @@ def test_a_port_that_does_not_answer_is_an_error_at_the_deadline():
 
 @contextmanager
 def proxy(health, info, seconds=0.0):
-    """The URL of one that answers these statuses, the latter after some seconds; and the paths it was asked for."""
-    asked = []
+    """The URL of one that answers these statuses, the latter after some seconds; and the calls that came there."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            time.sleep(seconds if self.path == "/server_info" else 0)
-            with contextlib.suppress(ConnectionError):  # who asked waits no longer
-                self.send_error(health if self.path == "/health" else info)
+    def answer(handler):
+        time.sleep(seconds if handler.path == "/server_info" else 0)
+        with contextlib.suppress(ConnectionError):  # who asked waits no longer
+            handler.send_error(health if handler.path == "/health" else info)
 
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
-        made.daemon_threads = True
-        thread = threading.Thread(target=made.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{made.server_port}", asked
-        finally:
-            made.shutdown()
-            thread.join(10)
+    with answering(answer) as (port, asked):
+        yield f"http://127.0.0.1:{port}", asked
 
 
 @pytest.mark.parametrize(("health", "info"), [(502, 500), (504, 500), (200, 502), (200, 503), (200, 504)])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
+from interpreted import check, needs_triton
 
 from slipstream.weights import direct
 from slipstream.weights.direct import Copies, obstacle
@@ -177,11 +174,9 @@ print("all equal")
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernels_do_what_pytorch_does():
-    command = ["env", "TRITON_INTERPRET=1", sys.executable, "-c", KERNEL]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert "all equal" in done.stdout, done.stderr[-3000:]
+    check(KERNEL)
 
 
 def test_without_a_kernel_pytorch_compares(monkeypatch):

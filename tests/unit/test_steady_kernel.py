@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from importlib.util import find_spec
-
-import pytest
+from interpreted import check, needs_triton
 
 KERNEL = """
 import torch
@@ -46,8 +42,6 @@ print("all equal")
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_a_step_has_the_inputs_of_a_plain_loop():
-    command = ["env", "TRITON_INTERPRET=1", sys.executable, "-c", KERNEL]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert "all equal" in done.stdout, done.stderr[-3000:]
+    check(KERNEL)

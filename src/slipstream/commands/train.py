@@ -18,6 +18,7 @@ import yaml
 from slipstream.checks import known_names
 from slipstream.commands.loading import load_datasets, load_scorer
 from slipstream.commands.outcome import conclude, evaluated_last
+from slipstream.lifetime import leave_process_group
 
 NUMBERS = {form.format(kind) for kind in ("int", "float") for form in ("{}", "{} | None", "<class '{}'>")}
 
@@ -96,12 +97,7 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
     if trainer.is_world_process_zero():
         conclude(trainer, seconds, steps=trainer.state.global_step)
     trainer.close()
-    import torch.distributed as dist  # torch is imported by the trainer anyway, and by nothing that only lists fields
-
-    if dist.is_initialized():
-        # Else gloo's threads are connected when the interpreter ends, and at times abort it: a run that failed, to all
-        # appearances.
-        dist.destroy_process_group()
+    leave_process_group()
 
 
 def _classes(algorithm: str) -> tuple[Any, Any]:

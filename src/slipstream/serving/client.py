@@ -11,6 +11,7 @@ from slipstream.generation.engine import OnFinished, Request, Sampling, SyncRepo
 from slipstream.records import Completion
 from slipstream.serving import wire
 from slipstream.serving.connection import Connection, RefusedError, ServerError
+from slipstream.serving.machine import url_of
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +55,7 @@ class VLLMClient:
         *,
         timeout: float = 1800.0,
     ) -> None:
-        bracketed = f"[{host}]" if ":" in host else host
-        self._connection = Connection(base_url or f"http://{bracketed}:{server_port}", api_key, timeout)
+        self._connection = Connection(base_url or url_of(host, server_port), api_key, timeout)
         self.base_url = self._connection.url
         self._sender_made: Sender | None = None
         self._collected: dict[str, torch.Tensor] = {}

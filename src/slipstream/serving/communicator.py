@@ -79,7 +79,7 @@ class Communicator:
     def _url_for(self, replica: Replica, address: str) -> str:
         if not address or replica.report is None or replica.report.shares_loopback:
             return self._url
-        return f"http://{f'[{address}]' if ':' in address else address}:{urlsplit(self._url).port}"
+        return machine.url_of(address, urlsplit(self._url).port)
 
     async def disconnect(self) -> None:
         """Let the replicas leave the group, if there is one."""

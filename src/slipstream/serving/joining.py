@@ -56,10 +56,11 @@ def make_group(connection: Connection, device: torch.device, info: wire.ServerIn
     """
     nccl = device.type == info.platform == "cuda"
     if not nccl and info.platform != "cpu":
-        apart = not all(replica.shares_memory for replica in info.replicas)
+        advice = "use 'shared_memory' or 'body'"
+        if not info.shares_memory:
+            advice = "no other reaches its workers on several machines"
         raise ValueError(
-            f"transport='group' cannot connect a trainer on {device.type} with a server on {info.platform}; "
-            + ("no other reaches its workers on several machines" if apart else "use 'shared_memory' or 'body'")
+            f"transport='group' cannot connect a trainer on {device.type} with a server on {info.platform}; {advice}"
         )
     backend, devices = ("nccl", [uuid_of(device)]) if nccl else ("gloo", [])
     check_devices_apart(devices, [uuid for replica in info.replicas for uuid in replica.devices])

@@ -13,6 +13,7 @@ import uvicorn
 
 from slipstream.serving import auth
 from slipstream.serving.app import Server, make_app
+from slipstream.serving.machine import url_of
 from slipstream.serving.settings import Settings
 from slipstream.serving.shared_file import remove_abandoned
 from slipstream.version import __version__
@@ -51,13 +52,12 @@ def _run(settings: Settings, listener: socket.socket, key: str, key_file: auth.K
     removed = remove_abandoned()
     if removed:
         log.info("removed %d files of weights that servers had left in shared memory", removed)
-    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"slipstream vllm-serve {__version__}: {settings.model}")
     workers = f"{settings.workers} worker{'s' * (settings.workers > 1)}"
     split = f"tensor-parallel {settings.tensor_parallel_size} x data-parallel {settings.data_parallel_size}"
     print(f"starting {workers} ({split})")
     print(f"key: {key_file.path if key_file is not None else f'from {auth.VARIABLE}'}")
-    print(f"listening on http://{shown}:{port}", flush=True)
+    print(f"listening on {url_of(settings.host, port)}", flush=True)
     config = uvicorn.Config(
         make_app(server, key), log_config=None, log_level=settings.log_level, access_log=settings.log_level == "debug",
         lifespan="on", ws="none", timeout_graceful_shutdown=_GRACE_SECONDS, server_header=False,
@@ -114,4 +114,4 @@ def _store_url(settings: Settings, port: int) -> str:
     host = settings.host
     if host in ("0.0.0.0", "::", ""):
         host = "::1" if host == "::" else "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return url_of(host, port)

@@ -1,4 +1,4 @@
-"""What a server shares with its workers: memory and the loopback, unless Ray has put them on other machines."""
+"""Addresses, and what a server shares with its workers: memory and the loopback, unless Ray has put them elsewhere."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def loopback() -> str:
         return f"{boot} {os.stat('/proc/self/ns/net').st_ino}"
     except OSError:
         return ""
+
+
+def url_of(host: str, port: int | None) -> str:
+    """Where a server at this address is reached."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def is_loopback(address: str) -> bool:

@@ -77,7 +77,7 @@ class Sender:
             self._sign = min(SIGN_SECONDS, info.update_timeout / 4)  # an update that is silent for longer is dropped
             self._chosen = transport is not None
             accelerators = self._device.type == info.platform == "cuda"
-            apart = not all(replica.shares_memory for replica in info.replicas)
+            apart = not info.shares_memory
             if apart and transport not in (None, "group"):
                 raise ValueError(machine.APART.format(transport=transport))
             self._transport = transport or ("group" if accelerators or apart else "shared_memory")

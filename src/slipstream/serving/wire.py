@@ -307,6 +307,11 @@ class ServerInfo(Message):
     reference: bool = False
     update_timeout: float = 300.0
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether all workers share the server's memory."""
+        return all(replica.shares_memory for replica in self.replicas)
+
 
 M = TypeVar("M", bound=msgspec.Struct)
 _encoder = msgspec.msgpack.Encoder()
