@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
@@ -39,9 +40,15 @@ def run_side(side: str, python: str, settings: dict[str, Any], folder: Path, tim
     given.write_text(json.dumps(settings | {"folder": str(folder / side), "timeout": timeout}))
     command = [python, str(Path(__file__).with_name("grpo_side.py")), side, str(given), str(out)]
     said = folder / f"{side}.log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        # Where torch.distributed meets: of two benchmarks on a machine, one alone would get the default.
+        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     with said.open("w") as log:
         try:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout).returncode
+            code = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, env=environment
+            ).returncode
             error = {"error": said.read_text(errors="replace")[-3000:]} if code else {}
         except subprocess.TimeoutExpired:
             error = {"error": f"{said.read_text(errors='replace')[-3000:]}\nnot done after {timeout:.0f} seconds"}

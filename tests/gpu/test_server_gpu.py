@@ -1,4 +1,5 @@
-"""A server's engine on an NVIDIA GPU, where it is a process of its own: whose weights sampled which token."""
+"""A server's engine on an NVIDIA GPU, where it is a process of its own: its decode steps as CUDA graphs, and whose
+weights sampled which token."""
 
 from __future__ import annotations
 
@@ -18,6 +19,34 @@ pytestmark = pytest.mark.gpu
 
 PROMPTS = engines.prompts(8, 20)
 LONG = Sampling(220, extra={"ignore_eos": True})
+
+
+def test_decode_steps_are_graphs_bit_for_bit(tmp_path):
+    path = tiny.build(tmp_path / "small", hidden=256, layers=4)
+    changed = engines.step(engines.policy(path), seed=1, scale=0.02)
+    requests = [Request(p, n=8, seed=100 * i) for i, p in enumerate(PROMPTS)]
+    natural = Sampling(96, extra={"stop_token_ids": [7, 30, 61, 99]})
+    found = {}
+    for switch in ("1", "0"):
+        server = start_server(
+            path, "--gpu-memory-utilization", "0.2", "--dtype", "bfloat16", timeout=300,
+            env={"SLIPSTREAM_STEADY_DECODE": switch},
+        )  # fmt: skip
+        try:
+            with VLLMClient(base_url=server.url, api_key=server.key) as client:
+                client.init_communicator("cpu")
+                answers = [client.sample(requests, sampling) for sampling in (natural, LONG)]
+                client.update_weights(1, named_tensors(changed.bfloat16()))
+                answers.append(client.sample(requests, natural))
+            found[switch] = [[(c.ids, c.logprobs, c.finish_reason) for g in a for c in g] for a in answers]
+            assert ("steady steps: CUDA graphs" in server.output()) is (switch == "1")
+        finally:
+            server.stop()
+    for mine, others in zip(found["1"], found["0"], strict=True):
+        # In which steps the first requests arrive is not the same in two runs, and with it the batches' rounding.
+        assert sum(a == b for a, b in zip(mine, others, strict=True)) >= 0.9 * len(mine)
+        assert all(len(ids) == len(logps) for ids, logps, _ in mine)
+    assert found["1"][0] != found["1"][2]
 
 
 def test_an_update_in_flight_says_which_tokens_are_whose(tmp_path):

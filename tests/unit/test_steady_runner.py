@@ -20,6 +20,7 @@ class Graph(NamedTuple):
 
     num_tokens: int
     num_reqs: int | None
+    uniform_token_count: int | None = 1
     cg_mode: Mode = Mode.FULL
 
 
@@ -27,7 +28,7 @@ class Graph(NamedTuple):
 def runner(monkeypatch):
     """A model runner of vLLM's with room for 100 sequences."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    graphs = dict.fromkeys((Graph(104, 100), Graph(8, 8), Graph(96, 96), Graph(1, 1)))
+    graphs = dict.fromkeys((Graph(104, 100, None), Graph(8, 8), Graph(96, 96), Graph(16, 16, None), Graph(1, 1)))
     return SimpleNamespace(
         max_num_reqs=100, device="cpu", block_tables=None, req_states=None, sampler=None,
         cudagraph_manager=SimpleNamespace(graphs=graphs),
@@ -59,10 +60,11 @@ def test_graphs_that_are_not_of_decode_steps_are_vllms_own_matter(runner):
     steady = steady_runner.SteadyRunner(runner, None)
     for found, taken in (
         (Graph(8, 8), True),
-        (Graph(104, 100), False),  # of mixed steps: writes for 104 sequences would go past the buffers' ends
-        (Graph(16, 16), False),  # not recorded
-        (Graph(8, None, Mode.PIECEWISE), False),
-        (Graph(97, 97, Mode.NONE), False),
+        (Graph(104, 100, None), False),  # of mixed steps: writes for 104 sequences would go past the buffers' ends
+        (Graph(16, 16, None), False),
+        (Graph(24, 24), False),  # not recorded
+        (Graph(8, None, None, Mode.PIECEWISE), False),
+        (Graph(97, 97, 1, Mode.NONE), False),
     ):
         runner.cudagraph_manager.dispatch = lambda *sizes, found=found: found
         assert steady._description(7) == (found if taken else None)

@@ -75,7 +75,7 @@ class Layout:
             parts.append((start, segment.length))
         first, count = torch.tensor(parts).T
         shift = first - (count.cumsum(0) - count)
-        return (torch.arange(int(count.sum())) + shift.repeat_interleave(count)).to(self.device)
+        return self._sent(torch.arange(int(count.sum())) + shift.repeat_interleave(count))
 
     @cached_property
     def _bands(self) -> dict[tuple[int, int, int | None], Tensor]:
@@ -100,7 +100,11 @@ class Layout:
         return self._batches[window]
 
     def _ends(self, lengths: Sequence[int]) -> Tensor:
-        return torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32)
+        return self._sent(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
+
+    def _sent(self, made: Tensor) -> Tensor:
+        """`made` on the device, without waiting for what runs there."""
+        return made.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else made
 
 
 class Mask(NamedTuple):

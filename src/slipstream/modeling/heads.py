@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 # Logits held at a time when nothing else is asked for. Larger chunks make larger products and fewer additions to the
-# gradient of the weight; 2**29 of them are 1 GiB in bfloat16.
-CHUNK_CUDA = 2**29
+# gradient of the weight; 2**28 of them are half a GiB in bfloat16, and their gradient is as much again.
+CHUNK_CUDA = 2**28
 CHUNK_CPU = 2**24
 
 
@@ -206,6 +206,9 @@ def _output_gradient(
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
+    elif left.is_cuda and total.dtype == torch.float32 and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        # Added up in float32 by the product itself: no product that is rounded before, and no pass of its own.
+        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
     else:
         total.add_(left @ right)
 

@@ -121,7 +121,9 @@ class Packer:
             ids += completion
             position_ids.append(torch.arange(len(prompt), len(prompt) + len(completion)))
             # The first token is predicted from the prompt's last, which may stand further left.
-            positions.append(torch.tensor([prompt_end - 1, *range(start, len(ids) - 1)][: len(completion)]))
+            predicted_from = torch.arange(start - 1, len(ids) - 1)
+            predicted_from[:1] = prompt_end - 1
+            positions.append(predicted_from)
             if not shares:
                 segments.append(Segment(len(prompt) + len(completion)))
             elif completion:

@@ -8,6 +8,7 @@ the connection (requests, aborting, pausing, collective calls, the OpenAI routes
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -151,15 +152,18 @@ def _engine_processes_die_with_us() -> Iterator[None]:
     original = core.__dict__["run_engine_core"]
     # A forked child would find the replacement where it looks for the original.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    core.run_engine_core = staticmethod(_run_engine_core)
+    level = logging.getLogger("slipstream").getEffectiveLevel()
+    core.run_engine_core = staticmethod(functools.partial(_run_engine_core, level))
     try:
         yield
     finally:
         core.run_engine_core = original
 
 
-def _run_engine_core(*args: Any, **kwargs: Any) -> None:
+def _run_engine_core(log_level: int, *args: Any, **kwargs: Any) -> None:
+    """vLLM's, in a new process, which says what it does steady steps by as loudly as the one that started it."""
     die_with_parent()
+    logging.basicConfig(level=log_level, format="%(levelname)s %(name)s: %(message)s")
     core = importlib.import_module("vllm.v1.engine.core").EngineCoreProc
     steady.prepare(core, load().__version__)
     core.run_engine_core(*args, **kwargs)

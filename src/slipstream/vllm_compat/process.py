@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from slipstream.vllm_compat import load, on_cpu, steady, steady_runner
+from slipstream.vllm_compat import load, on_cpu, steady
 from slipstream.vllm_compat.model import check_updatable, forget_model
 from slipstream.vllm_compat.prefix_cache import reset_quickly
 from slipstream.vllm_compat.sampled_logprobs import Recorder
@@ -78,20 +78,8 @@ def start(options: dict[str, Any]) -> tuple[Any, bool]:
 
 
 def decode_steadily(llm: Any, recorder: Recorder | None = None) -> None:
-    """Schedule steps that only decode for all sequences at once, where that is known to be right (see `steady`), and
-    make them of CUDA graphs (see `steady_runner`).
-
-    Args:
-        llm: The engine.
-        recorder: What records the log-probabilities of its sampled tokens, if anything does.
-    """
-    version = load().__version__
-    why = steady.install(llm.llm_engine.engine_core.engine_core, version)
-    if why is not None:
-        logger.info("every sequence is scheduled by itself in every step, which is slower, since %s", why)
-        return
-    slower = steady_runner.install(worker_of(llm), version, recorder)
-    logger.info("steady steps: %s", f"by vLLM's own runner, since {slower}" if slower else "CUDA graphs")
+    """`steady.begin` for an engine that `start` made."""
+    steady.begin(llm.llm_engine.engine_core.engine_core, load().__version__, recorder)
 
 
 def shut_down(llm: Any, own_group: bool) -> None:

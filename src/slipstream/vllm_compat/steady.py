@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from slipstream.vllm_compat import steady_runner
 from slipstream.vllm_compat.prefix_cache import reset_quickly
+from slipstream.vllm_compat.sampled_logprobs import Recorder
 from slipstream.vllm_compat.steady_batch import SWITCH, Batch
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,27 @@ def _obstacle(scheduler: Any, version: str) -> str | None:
     return None
 
 
+def begin(core: Any, version: str, recorder: Recorder | None = None) -> None:
+    """Let an engine core decode steadily where that is known to be right, by CUDA graphs where those are (see
+    `steady_runner`), and log what it does.
+
+    Args:
+        core: As for `install`.
+        version: Of vLLM.
+        recorder: What records the log-probabilities of its sampled tokens, if anything does.
+    """
+    if why := install(core, version):
+        logger.info("every sequence is scheduled by itself in every step, which is slower, since %s", why)
+        return
+    # The executor of one worker in this process is the only one that has it; it comes wrapped.
+    wrapped = getattr(core.model_executor, "driver_worker", None)
+    if wrapped is None:
+        slower: str | None = "its workers are processes of their own"
+    else:
+        slower = steady_runner.install(getattr(wrapped, "worker", wrapped), version, recorder)
+    logger.info("steady steps: %s", f"by vLLM's own runner, since {slower}" if slower else "CUDA graphs")
+
+
 def prepare(kind: Any, version: str) -> None:
     """Let engine cores of a class decode steadily where that can be, forget caches quickly, and answer
     `tokens_so_far`."""
@@ -88,10 +111,7 @@ def prepare(kind: Any, version: str) -> None:
     def made(self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
         reset_quickly(self.scheduler)
-        # Without `steady_runner`: its graphs that tell ranks beside log-probabilities, which a server's requests want,
-        # have not run on a GPU yet.
-        if why := install(self, version):
-            logger.info("every sequence is scheduled by itself in every step, which is slower, since %s", why)
+        begin(self, version)
 
     kind.__init__, kind.tokens_so_far = made, tokens_so_far
 

@@ -47,11 +47,11 @@ class Samples:
 
 
 def only_decodes(description: Any) -> bool:
-    """Whether vLLM's graph of this description is for steps of a token a sequence.
+    """Whether vLLM's graph of this description is for steps of a token a sequence alone.
 
-    One for steps of any kind may be for more tokens than vLLM has room for sequences.
+    One for steps of any kind (`cudagraph_mode="FULL"`) may be for more tokens than vLLM has room for sequences.
     """
-    return bool(description.num_reqs == description.num_tokens)
+    return bool(description.uniform_token_count == 1)
 
 
 class Graphs:

@@ -75,8 +75,8 @@ def _obstacle(runner: Any, version: str) -> str | None:
     if builders != [known.FlashAttentionMetadataBuilder] or runner.model_config.rswa_window:
         return "not all layers use FlashAttention in the same way"
     manager = runner.cudagraph_manager
-    if manager is None or not manager.graphs or manager.use_aux_hidden_state_outputs:
-        return "the engine has no CUDA graphs of whole steps (enforce_eager or cudagraph_mode)"
+    if manager is None or not any(map(only_decodes, manager.graphs)) or manager.use_aux_hidden_state_outputs:
+        return "the engine has no CUDA graphs of decode steps alone (enforce_eager or cudagraph_mode)"
     return None
 
 
