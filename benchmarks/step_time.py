@@ -2,10 +2,10 @@
 
 Each side runs in a process of its own, one after the other, TRL with the interpreter of --trl-python (TRL 1.16 takes
 vLLM 0.22 to 0.31).
-Sides: `ours` with the tokens of TRL's micro-batch in each of its own, `lean` the same with gradient checkpointing and
-Liger's kernels, `measured` with as many as fit into the memory, `trl`. The first steps are left out. Writes JSON and
-prints a table; ratios are TRL's seconds over ours. Runs of natural lengths sample different completions: see the tokens
-per second, or take --fixed-length.
+Sides: `ours` with the tokens of TRL's micro-batch in each of its own, `liger` the same with Liger's kernels, `lean`
+with these and gradient checkpointing, `measured` with as many tokens as fit into the memory; `trl`, and `trl-liger`
+with Liger's kernels. The first steps are left out. Writes JSON and prints a table; ratios are the seconds of `trl` over
+ours. Runs of natural lengths sample different completions: see the tokens per second, or take --fixed-length.
 
     python benchmarks/step_time.py --shape qwen2-1.5b --completions 512 --sides ours measured trl \
         --out benchmarks/results/step_time_h200_1.5b_512.json                       # on a GPU
@@ -29,8 +29,8 @@ from typing import Any
 
 import shapes
 import torch
+from grpo_side import SIDES
 
-SIDES = ("ours", "lean", "measured", "trl")
 PHASES = ("generate", "score", "sync", "forward", "train", "rest")
 
 
@@ -61,7 +61,7 @@ def compare(sides: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     trl = sides.get("trl", {})
     ratios = {}
     for name, own in sides.items():
-        if name == "trl" or "step_seconds" not in own or "step_seconds" not in trl:
+        if name.startswith("trl") or "step_seconds" not in own or "step_seconds" not in trl:
             continue
         ratios[name] = {
             "step": trl["step_seconds"] / own["step_seconds"],
@@ -116,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--skip", type=int, default=2, help="first steps that do not count")
     made.add_argument("--generation", choices=("vllm", "transformers"), default="vllm")
     made.add_argument("--weights", default="bfloat16" if on_gpu else "float32", help="their dtype")
+    made.add_argument("--tokens", type=int, help="of our micro-batches; by default as many as TRL's have")
     made.add_argument("--gradient-checkpointing", action="store_true")
     made.add_argument("--vllm-memory", type=float, default=0.3, help="vllm_gpu_memory_utilization")
     made.add_argument("--sleep", action="store_true", help="vLLM sleeps while the trainer works")
@@ -159,7 +160,7 @@ def main() -> None:
             made = shapes.save(args.shape, folder / "model", getattr(torch, args.weights), end_every=args.end_every)
             settings["model"] = str(made)
         for side in args.sides:
-            python = args.trl_python if side == "trl" else sys.executable
+            python = args.trl_python if side.startswith("trl") else sys.executable
             result["sides"][side] = run_side(side, python, settings, folder, args.timeout)
             result["ratios"] = compare(result["sides"])
             # After each side: what there is stays if the next one is cut off.

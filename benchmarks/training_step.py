@@ -108,8 +108,7 @@ def learn(model: torch.nn.Module, packer: Packer, rollouts: list[Rollout], chunk
     totals = StepTotals(len(rollouts), sum(len(r.completion.ids) for r in rollouts), 1)
     tokens = micro_batches = 0
     with packed_attention(model) if packer.packed else nullcontext():
-        # All before the first of them, as trainers do: copies to the device wait for what runs there.
-        for batch in list(packer.pack(rollouts, totals)):
+        for batch in packer.pack(rollouts, totals):
             with autocast():
                 output = score_tokens(model, head, batch, temperature=1.0, entropies=True, chunk_rows=chunk_rows)
                 loss = -(batch.advantages_B[batch.rows_N] * output.logps_N).sum() / totals.tokens

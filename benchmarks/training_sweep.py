@@ -120,10 +120,10 @@ class Step:
         """Forward and backward passes of all micro-batches, and the optimizer's step; gradients are made anew."""
         totals = StepTotals(len(self.rollouts), sum(len(r.completion.ids) for r in self.rollouts), 1)
         head = self.model.get_output_embeddings()
-        # All before the first of them, as trainers do: copies to the device wait for what runs there.
-        batches = list(self.packer.pack(self.rollouts, totals))
+        tokens = count = 0
         with packed_attention(self.model) if self.packer.packed else nullcontext():
-            for batch in batches:
+            for batch in self.packer.pack(self.rollouts, totals):
+                tokens, count = tokens + batch.input_ids_BT.numel(), count + 1
                 with self.autocast:
                     output = score_tokens(
                         self.model, head, batch, temperature=1.0, entropies=self.entropies, chunk_rows=self.chunk_rows
@@ -133,7 +133,7 @@ class Step:
         if self.optimizer is not None:
             self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
-        return {"tokens_computed": sum(b.input_ids_BT.numel() for b in batches), "micro_batches": len(batches)}
+        return {"tokens_computed": tokens, "micro_batches": count}
 
 
 def measure(args: argparse.Namespace, setting: dict[str, Any], rollouts: list[Rollout], rate: float) -> dict[str, Any]:

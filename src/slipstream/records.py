@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slipstream.modeling.attention import Layout
+
 
 @dataclass(slots=True)
 class Prompt:
@@ -140,6 +142,7 @@ class MicroBatch:
         group_size: Completions of a prompt that stand side by side; 1 where they were not kept together.
         position_ids_BT: Position of each token in its own sequence; None: as the columns are numbered.
         segments: What the one packed row consists of, from left to right; None: rows are padded.
+        layout: What attention makes of the segments, if that was made ahead.
     """
 
     rollouts: list[Rollout]
@@ -155,6 +158,7 @@ class MicroBatch:
     group_size: int = 1
     position_ids_BT: Tensor | None = None
     segments: tuple[Segment, ...] | None = None
+    layout: Layout | None = None
 
     def split_rows(self, values_N: Tensor) -> list[Tensor]:
         """Cut a value per completion token into one tensor a row."""

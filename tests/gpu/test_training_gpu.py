@@ -176,6 +176,19 @@ def test_logits_are_never_whole():
     assert torch.cuda.max_memory_allocated() - before < 450 * 2**20
 
 
+def test_nothing_waits_for_the_device(rollouts):
+    """Neither packing, which goes on while the device computes, nor the passes."""
+    model = build("Llama")
+    options = PACKED | {"max_tokens": 300}
+    learn(model, rollouts, options, torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found, _ = learn(model, rollouts, options, torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(found) == sum(len(r.completion.ids) for r in rollouts)
+
+
 def test_packed_rows_of_the_usual_size_are_quick(rollouts):
     model = build("Llama").bfloat16()
     many = [copy.copy(r) for _ in range(8) for r in rollouts]

@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from slipstream.modeling.attention import NAME, packed_attention
+from slipstream.modeling import logprobs
+from slipstream.modeling.attention import NAME, Layout, packed_attention
 from slipstream.modeling.logprobs import score_tokens
 from slipstream.modeling.packable import obstacle
 from slipstream.modeling.packing import Packer
@@ -157,6 +158,39 @@ def test_packed_rows_are_the_rows_alone(model, rollouts, share, checkpointing):
     finally:
         model.gradient_checkpointing_disable()
         model.eval()
+
+
+def test_transformers_does_not_look_for_rows_itself(llama, rollouts, monkeypatch):
+    """It would, without a mask, and a GPU would have to be waited for."""
+    batches = list(packer(packed=True, share_prompts=True).pack(rollouts, TOTALS))
+    expected = learn(llama, batches)[2]
+
+    def looks(*args):
+        raise AssertionError("the positions are looked at")
+
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", looks)
+    assert torch.equal(learn(llama, batches)[2], expected)
+
+
+def test_a_layout_made_ahead_is_used(llama, rollouts, monkeypatch):
+    batches = list(packer(packed=True, share_prompts=True).pack(rollouts, TOTALS))
+    expected = learn(llama, batches)[2]
+    for batch in batches:
+        batch.layout = Layout(batch.segments, torch.device("cpu")).prepare()
+    monkeypatch.setattr(logprobs, "Layout", None)
+    assert torch.equal(learn(llama, batches)[2], expected)
+
+
+def test_micro_batches_are_made_one_by_one(rollouts, monkeypatch):
+    made = []
+    plain = Packer.packed_micro_batch
+    monkeypatch.setattr(
+        Packer, "packed_micro_batch", lambda *args, **options: made.append(1) or plain(*args, **options)
+    )
+    batches = packer(packed=True, max_tokens=20).pack(rollouts, TOTALS)
+    assert len(next(batches).rollouts) >= 1
+    assert len(made) == 1
+    assert len(list(batches)) >= 2
 
 
 def test_a_packable_model_passes(model):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from slipstream.modeling.sending import sent
 from slipstream.modeling.short_segments import Batches, batches_of
 from slipstream.records import Segment
 
@@ -75,7 +76,7 @@ class Layout:
             parts.append((start, segment.length))
         first, count = torch.tensor(parts).T
         shift = first - (count.cumsum(0) - count)
-        return self._sent(torch.arange(int(count.sum())) + shift.repeat_interleave(count))
+        return sent(torch.arange(int(count.sum())) + shift.repeat_interleave(count), self.device)
 
     @cached_property
     def _bands(self) -> dict[tuple[int, int, int | None], Tensor]:
@@ -99,12 +100,13 @@ class Layout:
             self._batches[window] = batches_of(self.segments, window, self.device)
         return self._batches[window]
 
-    def _ends(self, lengths: Sequence[int]) -> Tensor:
-        return self._sent(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
+    def prepare(self) -> Layout:
+        """Make what flash attention needs now, and not while the device waits for the first layer."""
+        _ = self.query_ends, self.key_ends, self.key_index_K
+        return self
 
-    def _sent(self, made: Tensor) -> Tensor:
-        """`made` on the device, without waiting for what runs there."""
-        return made.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else made
+    def _ends(self, lengths: Sequence[int]) -> Tensor:
+        return sent(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), self.device)
 
 
 class Mask(NamedTuple):
@@ -140,9 +142,9 @@ def is_packed(model: nn.Module) -> bool:
 
 
 @contextmanager
-def row_of(segments: Sequence[Segment], device: torch.device) -> Iterator[None]:
+def row_of(layout: Layout) -> Iterator[None]:
     """Forward passes in it see a row of these segments."""
-    token = _row.set(Layout(tuple(segments), device))
+    token = _row.set(layout)
     try:
         yield
     finally:

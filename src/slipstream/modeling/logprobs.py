@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slipstream.modeling.attention import is_packed, packed_attention, row_of
+from slipstream.modeling.attention import Layout, is_packed, packed_attention, row_of
 from slipstream.modeling.standin import Chunks, Settings, Whole, instead_of, logits_of
 from slipstream.records import MicroBatch
 
@@ -85,14 +85,18 @@ def _run(model: nn.Module, batch: MicroBatch, router_loss: bool) -> Any:
     options: dict[str, Any] = {"use_cache": False}
     if router_loss:
         options["output_router_logits"] = True
-        if batch.segments is None:
-            # The experts do see padding, and it must not count in their balance.
-            options["attention_mask"] = batch.attention_mask_BT
     if batch.position_ids_BT is not None:
         options["position_ids"] = batch.position_ids_BT
     if batch.segments is None:
+        if router_loss:
+            # The experts do see padding, and it must not count in their balance.
+            options["attention_mask"] = batch.attention_mask_BT
         return model(input_ids=batch.input_ids_BT, **options)
-    with packed_attention(model), row_of(batch.segments, batch.input_ids_BT.device):
+    # Our attention does not look at it. Without one, transformers looks at the positions for what our layout says
+    # already, and the host waits for the device.
+    options["attention_mask"] = batch.attention_mask_BT
+    layout = batch.layout or Layout(batch.segments, batch.input_ids_BT.device)
+    with packed_attention(model), row_of(layout):
         return model(input_ids=batch.input_ids_BT, **options)
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from slipstream.modeling.attention import Layout
 from slipstream.modeling.partition import balanced_pieces, pieces_within
+from slipstream.modeling.sending import sent
 from slipstream.records import MicroBatch, Rollout, Segment, StepTotals
 
 PER_TOKEN = ("sampler_logps", "old_logps", "ref_logps", "entropy_mask")
@@ -69,10 +71,11 @@ class Packer:
         self.agree = agree
 
     def pack(self, rollouts: Sequence[Rollout], totals: StepTotals, group_size: int = 1) -> Iterator[MicroBatch]:
-        """Split `rollouts` into micro-batches; each rollout is in exactly one.
+        """Split `rollouts` into micro-batches; each rollout is in exactly one, and none is empty.
 
         Every `group_size` of them stay together, in their order. Ranks with equally many rollouts make equally many
-        micro-batches, so their collectives match.
+        micro-batches, so their collectives match. They are made one by one, each while the device still computes the
+        one before it.
         """
         groups = [list(rollouts[i : i + group_size]) for i in range(0, len(rollouts), group_size)]
         if self.packed:
@@ -88,15 +91,16 @@ class Packer:
         lengths = [_tokens(r) for r in rollouts]
         longest = self._rounded(max(lengths))
         input_ids = torch.full((len(rollouts), longest), self.pad_token_id, dtype=torch.long)
-        positions = []
+        positions, targets = [], []
         for i, rollout in enumerate(rollouts):
             prompt, completion = rollout.prompt.ids, rollout.completion.ids
-            input_ids[i, : lengths[i]] = torch.tensor([*prompt, *completion], dtype=torch.long)
+            input_ids[i, : lengths[i]] = torch.tensor([*prompt, *completion])
+            targets.append(input_ids[i, len(prompt) : lengths[i]])
             # The token at position p is predicted from position p - 1.
             first = i * longest + len(prompt) - 1
             positions.append(torch.arange(first, first + len(completion)))
         attention_mask = (torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)).long()
-        return self._micro_batch(rollouts, totals, group_size, input_ids, attention_mask, positions)
+        return self._micro_batch(rollouts, totals, group_size, input_ids, attention_mask, positions, targets)
 
     def packed_micro_batch(
         self, rollouts: list[Rollout], totals: StepTotals, group_size: int = 1, *, share: bool = False
@@ -104,7 +108,7 @@ class Packer:
         """The tensors of these rollouts in one row; with `share`, neighbours with the same prompt share it."""
         ids: list[int] = []
         segments: list[Segment] = []
-        position_ids, positions = [], []
+        position_ids, positions, spans = [], [], []
         shared = _shared_with_previous(rollouts) if share else [False] * len(rollouts)
         prompt_end = parent = 0
         for i, rollout in enumerate(rollouts):
@@ -124,6 +128,7 @@ class Packer:
             predicted_from = torch.arange(start - 1, len(ids) - 1)
             predicted_from[:1] = prompt_end - 1
             positions.append(predicted_from)
+            spans.append(slice(start, len(ids)))
             if not shares:
                 segments.append(Segment(len(prompt) + len(completion)))
             elif completion:
@@ -135,9 +140,13 @@ class Packer:
             ids += [self.pad_token_id] * padding
             position_ids.append(torch.arange(padding))
             segments.append(Segment(padding))
-        made = self._micro_batch(rollouts, totals, group_size, torch.tensor([ids]), mask, positions)
-        made.position_ids_BT = torch.cat(position_ids).unsqueeze(0).to(self.device)
+        input_ids = torch.tensor([ids])
+        targets = [input_ids[0, span] for span in spans]
+        made = self._micro_batch(rollouts, totals, group_size, input_ids, mask, positions, targets)
+        made.position_ids_BT = self._sent(torch.cat(position_ids).unsqueeze(0))
         made.segments = tuple(segments)
+        if self.device.type == "cuda":
+            made.layout = Layout(made.segments, self.device).prepare()
         return made
 
     def trial(self, rollouts: Sequence[Rollout], tokens: int, group_size: int = 1) -> MicroBatch:
@@ -176,18 +185,18 @@ class Packer:
         input_ids: Tensor,
         attention_mask: Tensor,
         positions: list[Tensor],
+        targets: list[Tensor],
     ) -> MicroBatch:
-        targets = [token for r in rollouts for token in r.completion.ids]
         lengths = torch.tensor([len(r.completion.ids) for r in rollouts])
         return MicroBatch(
             rollouts=rollouts,
-            input_ids_BT=input_ids.to(self.device),
-            attention_mask_BT=attention_mask.to(self.device),
-            positions_N=torch.cat(positions).long().to(self.device),
-            targets_N=torch.tensor(targets, dtype=torch.long, device=self.device),
-            rows_N=torch.arange(len(rollouts)).repeat_interleave(lengths).to(self.device),
-            mask_N=torch.cat([loss_mask(r) for r in rollouts]).to(self.device),
-            advantages_B=torch.tensor([r.advantage for r in rollouts], dtype=torch.float32, device=self.device),
+            input_ids_BT=self._sent(input_ids),
+            attention_mask_BT=self._sent(attention_mask),
+            positions_N=self._sent(torch.cat(positions).long()),
+            targets_N=self._sent(torch.cat(targets)),
+            rows_N=self._sent(torch.arange(len(rollouts)).repeat_interleave(lengths)),
+            mask_N=self._sent(torch.cat([loss_mask(r) for r in rollouts])),
+            advantages_B=self._sent(torch.tensor([r.advantage for r in rollouts], dtype=torch.float32)),
             totals=totals,
             per_token=self._per_token(rollouts),
             group_size=group_size,
@@ -197,8 +206,11 @@ class Packer:
         values = {}
         for name in PER_TOKEN:
             if all(name in r.extra for r in rollouts):
-                values[name] = torch.cat([r.extra[name] for r in rollouts]).to(self.device)
+                values[name] = self._sent(torch.cat([r.extra[name] for r in rollouts]))
         return values
+
+    def _sent(self, made: Tensor) -> Tensor:
+        return sent(made, self.device)
 
     def _rounded(self, tokens: int) -> int:
         return -(-tokens // self.multiple) * self.multiple

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slipstream.modeling.attention import row_of
+from slipstream.modeling.attention import Layout, row_of
 from slipstream.modeling.heads import Logits, score_linear, score_module, scores
 from slipstream.records import MicroBatch, Segment
 
@@ -150,7 +150,7 @@ def _observed(model: nn.Module, head: nn.Module, batch: MicroBatch) -> Logits | 
     # packed rows already.
     with (
         torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"),
-        row_of([Segment(ids.shape[1])], given.device),
+        row_of(Layout((Segment(ids.shape[1]),), given.device)),
         instead_of(head, lambda hidden: given.expand(*hidden.shape[:-1], -1)),
     ):  # fmt: skip
         seen = model(input_ids=ids, use_cache=False).logits

@@ -140,10 +140,11 @@ class Learning(SlotLoop):
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         options = {"scale_wrt_gas": False} if deepspeed else {}
         loss = torch.zeros((), device=self.args.device)
-        micro_batches = list(self.packer.pack(rollouts, totals, self._rows_together(self.args.num_generations)))
+        left = len(rollouts)
         with packed_attention(model) if self.packer.packed else contextlib.nullcontext():
-            for i, batch in enumerate(micro_batches):
-                last = i == len(micro_batches) - 1
+            for batch in self.packer.pack(rollouts, totals, self._rows_together(self.args.num_generations)):
+                left -= len(batch.rollouts)
+                last = left == 0
                 # Ranks exchange gradients once, in the last backward pass.
                 self.accelerator.gradient_state._set_sync_gradients(last)
                 with contextlib.nullcontext() if last or deepspeed else self.accelerator.no_sync(model):

@@ -234,9 +234,8 @@ def _watch_v1(runner: Any, recorder: Recorder) -> None:
 
 
 def _watch_v2(runner: Any, recorder: Recorder) -> None:
-    compute: Callable[[Tensor, Tensor], Tensor] = importlib.import_module(
-        "vllm.v1.worker.gpu.sample.logprob"
-    ).compute_token_logprobs
+    from slipstream.vllm_compat.token_logps import token_logps
+
     sampler = runner.sampler
     draw, sample = sampler.sample, runner.sample
 
@@ -245,7 +244,7 @@ def _watch_v2(runner: Any, recorder: Recorder) -> None:
             options["return_logprobs"] = True  # or a sampler that does not show what it leaves out may be taken
         drawn = draw(*args, **options)
         if recorder.on:
-            recorder.logps = compute(drawn[1], drawn[0].view(-1, 1)).squeeze(-1)
+            recorder.logps = token_logps(drawn[1], drawn[0].view(-1))
         return drawn
 
     def sampling(hidden_states: Tensor, batch: Any, *args: Any, **options: Any) -> Any:

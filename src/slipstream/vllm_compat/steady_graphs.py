@@ -139,7 +139,9 @@ class Graphs:
             scores = gpu("sample.logprob", "compute_topk_scores")(logits, 0, tokens[:, 0])
             samples.logps, samples.ranks = scores.logprobs[:, 0], scores.selected_token_ranks
         elif wanted.logps:
-            samples.logps = gpu("sample.logprob", "compute_token_logprobs")(logits, tokens)[:, 0]
+            from slipstream.vllm_compat.token_logps import token_logps
+
+            samples.logps = token_logps(logits, tokens)
         gpu("input_batch", "post_update")(
             updated[:padded], states.num_computed_tokens.gpu, states.last_sampled_tokens,
             self.sampler.penalties_state.output_bin_counts, tokens, self.one[:padded], self.none[:padded],
