@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from slipstream.vllm_compat import load, on_cpu, steady
+from slipstream.vllm_compat import load, on_cpu, shared_prompts, steady
 from slipstream.vllm_compat.model import check_updatable, forget_model
 from slipstream.vllm_compat.prefix_cache import reset_quickly
 from slipstream.vllm_compat.sampled_logprobs import Recorder
@@ -73,7 +73,9 @@ def start(options: dict[str, Any]) -> tuple[Any, bool]:
     except BaseException:
         shut_down(llm, own_group)
         raise
-    reset_quickly(llm.llm_engine.engine_core.engine_core.scheduler)
+    core = llm.llm_engine.engine_core.engine_core
+    reset_quickly(core.scheduler)
+    shared_prompts.install(core, vllm.__version__)
     return llm, own_group
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from slipstream.vllm_compat import steady_runner
+from slipstream.vllm_compat import shared_prompts, steady_runner
 from slipstream.vllm_compat.prefix_cache import reset_quickly
 from slipstream.vllm_compat.sampled_logprobs import Recorder
 from slipstream.vllm_compat.steady_batch import SWITCH, Batch
@@ -104,13 +104,14 @@ def begin(core: Any, version: str, recorder: Recorder | None = None) -> None:
 
 
 def prepare(kind: Any, version: str) -> None:
-    """Let engine cores of a class decode steadily where that can be, forget caches quickly, and answer
-    `tokens_so_far`."""
+    """Let engine cores of a class decode steadily where that can be, hash each prompt once, forget caches quickly, and
+    answer `tokens_so_far`."""
     make = kind.__init__
 
     def made(self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
         reset_quickly(self.scheduler)
+        shared_prompts.install(self, version)
         begin(self, version)
 
     kind.__init__, kind.tokens_so_far = made, tokens_so_far
