@@ -3,8 +3,9 @@
     python benchmarks/grpo_side.py SIDE SETTINGS.json RESULT.json
 
 The interpreter needs that side's package, not the other's. A phase is what one method takes, less what those inside it
-take that are phases themselves, with the device waited for at both ends; a step is the time from the end of one to the
-end of the next, so that nothing is left out.
+take that are phases themselves. The device is waited for at both ends, except around forward passes. A step is the
+time from the end of one to the end of the next, so that nothing is left out: what no phase has is training's, that is
+backward passes, the optimizer, and the loop around them.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self.marks: list[tuple[str, Callable[[], float]]] = []
+        """Phases, and how to find out their seconds when the device is done."""
 
     def time(self, owner: type, method: str, phase: str) -> None:
         """Count the calls of a method to a phase."""
@@ -56,16 +59,51 @@ class Phases:
 
         @functools.wraps(plain)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            synchronize()
+            self.settle()
             inner, start = sum(self.seconds.values()), time.perf_counter()
             try:
                 return plain(*args, **kwargs)
             finally:
-                synchronize()
+                self.settle()
                 inner = sum(self.seconds.values()) - inner
                 self.seconds[phase] += time.perf_counter() - start - inner
 
         setattr(owner, method, timed)
+
+    def settle(self) -> None:
+        """Wait for the device, and count what was marked."""
+        synchronize()
+        for name, seconds in self.marks:
+            self.seconds[name] += seconds()
+        self.marks.clear()
+
+    def time_within(self, owner: type, method: str, phase: str) -> None:
+        """The same on the device's own clock: waiting would keep the host from running ahead, as it does in training."""
+        plain = getattr(owner, method)
+
+        @functools.wraps(plain)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = mark()
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self.marks.append((phase, functools.partial(between, start, mark())))
+
+        setattr(owner, method, timed)
+
+
+def mark() -> Any:
+    """A point in the device's work."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start: Any, end: Any) -> float:
+    """Seconds from one point to another, both of which are past."""
+    return start.elapsed_time(end) / 1000 if torch.cuda.is_available() else end - start
 
 
 class Stopwatch(TrainerCallback):
@@ -78,7 +116,7 @@ class Stopwatch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step ends with the optimizer's."""
-        synchronize()
+        self.phases.settle()
         self.marks.append(time.perf_counter())
         if len(self.marks) == self.skip:
             self.phases.seconds.clear()
@@ -99,7 +137,7 @@ class Stopwatch(TrainerCallback):
         phases = {name: seconds / len(steps) for name, seconds in self.phases.seconds.items()}
         mean = sum(steps) / len(steps)
         return {
-            "step_seconds": mean, "each_step": steps, "phases": phases | {"rest": mean - sum(phases.values())},
+            "step_seconds": mean, "each_step": steps, "phases": phases | {"train": mean - sum(phases.values())},
             **memory(),
         }  # fmt: skip
 
@@ -177,10 +215,10 @@ def ours(side: str, fields: dict[str, Any], tokens: int, phases: Phases) -> tupl
     from slipstream import GRPOConfig, GRPOTrainer
 
     for method, phase in {
-        "training_step": "train", "_score_tokens": "forward", "_collect": "score", "ask_engine": "generate",
-        "push_weights": "sync",
+        "_collect": "score", "ask_engine": "generate", "push_weights": "sync",
     }.items():  # fmt: skip
         phases.time(GRPOTrainer, method, phase)
+    phases.time_within(GRPOTrainer, "_score_tokens", "forward")
     fields |= {"html_report": False}
     if side == "lean":
         fields |= {"gradient_checkpointing": True}
@@ -194,11 +232,11 @@ def theirs(fields: dict[str, Any], phases: Phases) -> tuple[type, type, dict[str
     from trl import GRPOConfig, GRPOTrainer
 
     methods = {
-        "training_step": "train", "_get_per_token_logps_and_entropies": "forward",
         "_generate_and_score_completions": "score", "_generate_single_turn": "generate",
     }  # fmt: skip
     for method, phase in methods.items():
         phases.time(GRPOTrainer, method, phase)
+    phases.time_within(GRPOTrainer, "_get_per_token_logps_and_entropies", "forward")
     if fields["use_vllm"]:
         from trl.generation.vllm_generation import VLLMGeneration
 

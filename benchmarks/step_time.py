@@ -31,7 +31,7 @@ import shapes
 import torch
 from grpo_side import SIDES
 
-PHASES = ("generate", "score", "sync", "forward", "train", "rest")
+PHASES = ("generate", "score", "sync", "forward", "train")
 
 
 def run_side(side: str, python: str, settings: dict[str, Any], folder: Path, timeout: float) -> dict[str, Any]:
