@@ -78,7 +78,7 @@ class Phases:
         self.marks.clear()
 
     def time_within(self, owner: type, method: str, phase: str) -> None:
-        """The same on the device's own clock: waiting would keep the host from running ahead, as it does in training."""
+        """The same on the device's own clock: waiting would keep the host from running ahead of it, as in training."""
         plain = getattr(owner, method)
 
         @functools.wraps(plain)

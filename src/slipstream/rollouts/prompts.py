@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slipstream.records import Prompt
+from slipstream.rollouts.detokenizing import texts_of
 
 
 def is_conversational(prompt: Any) -> bool:
@@ -72,8 +73,7 @@ class PromptRenderer:
         self, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]
     ) -> list[str | list[dict[str, Any]]]:
         """Decode completions into their prompts' form: a string, or a list with one assistant message."""
-        texts = self.tokenizer.batch_decode([list(ids) for ids in completion_ids], skip_special_tokens=True)
         return [
             [{"role": "assistant", "content": text}] if is_conversational(prompt.row["prompt"]) else text
-            for prompt, text in zip(prompts, texts, strict=True)
+            for prompt, text in zip(prompts, texts_of(self.tokenizer, completion_ids), strict=True)
         ]

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -170,7 +171,8 @@ class Generating(Learning):
             truncated = completion.ids[-1] not in self.eos_ids
             rollout = Rollout(prompt, completion, text, truncated, extra=extra)
             if completion.logprobs is not None:
-                rollout.extra["sampler_logps"] = torch.tensor(completion.logprobs, dtype=torch.float32)
+                # By way of numpy: torch takes twice as long to read a list.
+                rollout.extra["sampler_logps"] = torch.from_numpy(np.array(completion.logprobs, dtype=np.float32))
             rollouts.append(rollout)
         return rollouts
 
