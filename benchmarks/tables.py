@@ -59,8 +59,10 @@ def speed() -> str:
         add(what, f"training_step_h200_{tokens}", "padded rows, whole logits", theirs, ours)
     for file, text in STEPS.items():
         found = results(file)
-        theirs, ours = (found["sides"][side]["step_seconds"] for side in ("trl", "ours"))
-        add(f"Step of GRPO, {text}, {card(found)}", file, "TRL 1.16", theirs, ours)
+        seconds = {side: measured["step_seconds"] for side, measured in found["sides"].items()}
+        add(f"Step of GRPO, {text}, {card(found)}", file, "TRL 1.16", seconds["trl"], seconds["ours"])
+        if "liger" in seconds:
+            add("The same, both with Liger's kernels", file, "TRL 1.16", seconds["trl-liger"], seconds["liger"])
     found = results("weight_push_h100")
     for pushed in found["shapes"].values():
         what = f"Pushing {pushed['push']['bytes'] / 1e9:.1f} GB to a server's engine, from one {card(found)} to another"
@@ -106,7 +108,11 @@ STEPS = {
     "step_time_h200_135m_128": "SmolLM2-135M, 128 completions of natural length",
     "step_time_h100_135m_512": "SmolLM2-135M, 512 completions of natural length",
     "step_time_h200_1.5b_512": "1.5B parameters, 512 completions of 512 tokens",
+    "step_time_h200_1.5b_1000": "1.5B parameters, 128 completions of 512 tokens, 1000-token prompts",
 }
+SIDES = {
+    "trl": "TRL 1.16", "trl-liger": "TRL 1.16, Liger", "ours": "**Slipstream**", "liger": "**Slipstream**, Liger",
+}  # fmt: skip
 
 
 def card(found: dict[str, Any]) -> str:
@@ -120,12 +126,14 @@ def steps() -> str:
     for file, what in STEPS.items():
         measured = results(file)
         sides, device = measured["sides"], card(measured)
-        for side in ("trl", "ours"):
+        for side, name in SIDES.items():
+            if side not in sides:
+                continue
             found = sides[side]
             training = found["phases"]["forward"] + found["phases"]["train"]
             rows.append(
                 (
-                    f"{what}, {device}" if side == "trl" else "", "TRL 1.16" if side == "trl" else "**Slipstream**",
+                    f"{what}, {device}" if side == "trl" else "", name,
                     f"{found['step_seconds']:.2f}", f"{found['phases']['generate']:.2f}", f"{training:.2f}",
                     f"{found['phases']['sync']:.3f}", f"{found['peak_gib']:.0f}", f"{found['mean_length']:.0f}",
                     f"{sides['trl']['step_seconds'] / found['step_seconds']:.1f}",
