@@ -202,14 +202,16 @@ def test_who_leaves_while_waiting_holds_up_nobody(shared, both):
         prompts=[wire.PromptMessage(ids=wire.pack_ids(PROMPTS[0]), mixture=1.0)],
         sampling=wire.SamplingMessage(max_tokens=4),
     )
-    long = wire.encode(calls.request(PROMPTS[:1], n=100, max_tokens=110, extra=calls.LONG))
+    # They take long enough for two short calls while they run.
+    long = wire.encode(calls.request(PROMPTS[:1], n=240, max_tokens=110, extra=calls.LONG))
     headers = {**shared.headers, "content-type": wire.MSGPACK}
     with httpx.stream("POST", f"{shared.url}/generate", content=long, headers=headers, timeout=60) as answer:
         assert answer.status_code == 200
+        servers.until(lambda: calls.info(shared).replicas[0].running == 240, 5, shared)
         with pytest.raises(httpx.ReadTimeout):
-            calls.CLIENT.post(f"{shared.url}/generate", content=wire.encode(waiting), headers=headers, timeout=0.3)
+            calls.CLIENT.post(f"{shared.url}/generate", content=wire.encode(waiting), headers=headers, timeout=0.1)
         assert len(calls.generate(shared, calls.request(PROMPTS[:1], max_tokens=1))) == 1
-        assert calls.info(shared).replicas[0].running == 100  # none of the long ones has ended
+        assert calls.info(shared).replicas[0].running == 240  # none of the long ones has ended
     servers.until(lambda: calls.info(shared).replicas[0].running == 0, 5, shared)
 
 
