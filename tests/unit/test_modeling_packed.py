@@ -335,13 +335,16 @@ def test_an_adapter_learns_the_same_from_packed_rows(rollouts):
 
 def test_the_balance_of_experts_is_that_of_all_tokens(rollouts):
     model = build("Mixtral", PACKABLE["Mixtral"])
-    (packed,) = packer(max_tokens=999).pack(rollouts, TOTALS)
-    padded = Packer(9, 0, torch.device("cpu")).micro_batch(rollouts, TOTALS)
-    losses = [
-        score_tokens(model, model.lm_head, b, temperature=1.0, router_loss=True).router_loss for b in (packed, padded)
+    batches = [
+        Packer(9, 0, torch.device("cpu")).micro_batch(rollouts, TOTALS),
+        *packer(max_tokens=999).pack(rollouts, TOTALS),
+        *packer(max_tokens=999, pad_to_multiple_of=64).pack(rollouts, TOTALS),  # padding is no token
     ]
+    losses = [score_tokens(model, model.lm_head, b, temperature=1.0, router_loss=True).router_loss for b in batches]
+    assert batches[1].input_ids_BT.shape[1] % 64
     assert losses[0] > 0
-    assert torch.allclose(*losses, atol=1e-6)
+    for found in losses[1:]:
+        assert torch.allclose(losses[0], found, atol=1e-6)
 
 
 def test_a_compiled_model_with_packed_rows(rollouts):

@@ -92,10 +92,12 @@ def _run(model: nn.Module, batch: MicroBatch, router_loss: bool) -> Any:
             # The experts do see padding, and it must not count in their balance.
             options["attention_mask"] = batch.attention_mask_BT
         return model(input_ids=batch.input_ids_BT, **options)
-    # Our attention does not look at it. Without one, transformers looks at the positions for what our layout says
-    # already, and the host waits for the device.
+    # Our attention does not look at it; the balance of experts does, for which padding must not count. Without one,
+    # transformers looks at the positions for what our layout says already, and the host waits for the device.
     options["attention_mask"] = batch.attention_mask_BT
-    layout = batch.layout or Layout(batch.segments, batch.input_ids_BT.device)
+    layout = batch.layout
+    if layout is None or layout.segments is not batch.segments:
+        layout = Layout(batch.segments, batch.input_ids_BT.device)
     with packed_attention(model), row_of(layout):
         return model(input_ids=batch.input_ids_BT, **options)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slipstream.modeling.sending import sent
 from slipstream.records import Segment
 
 # Beyond, a call has enough to do, and a mask of all pairs would be large.
@@ -61,12 +62,12 @@ def batches_of(segments: Sequence[Segment], window: int | None, device: torch.de
         batch, tokens, rows = _batch(starts[members], lengths[members], parents[members], before[members], window)
         order_T[tokens] = rows + done
         done += batch.queries_SQ.numel()
-        made.append(Batch(batch.queries_SQ.to(device), batch.keys_SK.to(device), batch.seen_SQK.to(device)))
+        made.append(Batch(*(sent(x, device) for x in (batch.queries_SQ, batch.keys_SK, batch.seen_SQK))))
     for i in alone:
         places = torch.arange(int(lengths[i]))
         order_T[places + starts[i]] = places + done
         done += len(places)
-    return Batches(tuple(made), alone, order_T.to(device))
+    return Batches(tuple(made), alone, sent(order_T, device))
 
 
 def _batch(

@@ -109,5 +109,5 @@ class NashMDTrainer(PairwiseTrainer):
         tally.mean("rewards/margins", logps_B - ref_logps_B, counts_B)
         tally.mean("rewards/accuracies", logps_B > ref_logps_B, counts_B)
         for name, value in (("beta", beta), ("mixture_coef", self.mixture_coef)):
-            tally.mean(name, torch.tensor(value, device=loss_B.device))
+            tally.mean(name, torch.full((), value, device=loss_B.device))
         return step_mean(loss_B, counts_B, batch.totals.kept_rows, batch.totals.ranks)

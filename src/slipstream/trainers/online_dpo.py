@@ -10,6 +10,7 @@ from torch import Tensor
 from slipstream.checks import one_of
 from slipstream.config import option
 from slipstream.modeling.logprobs import PolicyOutput
+from slipstream.modeling.sending import sent
 from slipstream.objectives.pairwise import LOSS_TYPES, step_mean
 from slipstream.records import MicroBatch
 from slipstream.trainers.metrics import Tally
@@ -60,6 +61,6 @@ class OnlineDPOTrainer(PairwiseTrainer):
         non_score_B = -beta * (pairs.logps_B - pairs.ref_logps_B)
         tally.mean("objective/non_score_reward", non_score_B, counts_B)
         if self.judge is None:
-            scores_B = torch.tensor([r.extra["score"] for r in batch.rollouts], device=non_score_B.device).nan_to_num()
+            scores_B = sent(torch.tensor([r.extra["score"] for r in batch.rollouts]), non_score_B.device).nan_to_num()
             tally.mean("objective/rlhf_reward", scores_B + non_score_B, counts_B)
         return step_mean(loss_P, pairs.counts_P, batch.totals.kept_rows / 2, batch.totals.ranks)

@@ -233,7 +233,7 @@ class PairwiseTrainer(OnlineTrainer):
             tally.mean(f"rewards/{name}", beta * side(kl_B), pairs.counts_P)
         tally.mean("rewards/margins", beta * margins_P, pairs.counts_P)
         tally.mean("rewards/accuracies", margins_P > 0, pairs.counts_P)
-        tally.mean("beta", torch.tensor(beta, device=logps.device))
+        tally.mean("beta", torch.full((), beta, device=logps.device))
         return pairwise.preference_loss(margins_P, beta, self.args.loss_type)  # type: ignore[attr-defined]
 
     def ask_with_reference(

@@ -13,6 +13,7 @@ from slipstream.checks import number
 from slipstream.config import option
 from slipstream.modeling.logprobs import PolicyOutput
 from slipstream.modeling.packing import loss_mask
+from slipstream.modeling.sending import sent
 from slipstream.objectives.advantages import combine_rewards
 from slipstream.objectives.rloo import leave_one_out_advantages, sequence_surrogate, shaped_rewards
 from slipstream.objectives.segments import row_sum
@@ -119,5 +120,5 @@ class RLOOTrainer(PolicyGradientTrainer):
     def _advantages_of_kl(self, kl_B: Tensor, batch: MicroBatch) -> Tensor:
         """The part of the KL penalty in the advantages, which are linear in the rewards."""
         scored: list[Any] = [any(reward is not None for reward in r.rewards) for r in batch.rollouts]
-        penalty_B = torch.where(torch.tensor(scored, device=kl_B.device), -self.args.beta * kl_B, torch.nan)
+        penalty_B = torch.where(sent(torch.tensor(scored), kl_B.device), -self.args.beta * kl_B, torch.nan)
         return leave_one_out_advantages(penalty_B, batch.group_size)

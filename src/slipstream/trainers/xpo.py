@@ -78,5 +78,5 @@ class XPOTrainer(PairwiseTrainer):
         tally.mean("loss/dpo", dpo_P, pairs.counts_P)
         tally.mean("loss/xpo", bonus_P, pairs.counts_P)
         tally.mean("judgements/won", pairs.first_P, pairs.counts_P)
-        tally.mean("alpha", torch.tensor(alpha, device=dpo_P.device))
+        tally.mean("alpha", torch.full((), alpha, device=dpo_P.device))
         return step_mean(dpo_P + bonus_P, pairs.counts_P, batch.totals.kept_rows / 2, batch.totals.ranks)

@@ -163,7 +163,10 @@ def _engine_processes_die_with_us() -> Iterator[None]:
 def _run_engine_core(log_level: int, *args: Any, **kwargs: Any) -> None:
     """vLLM's, in a new process, which says what it does steady steps by as loudly as the one that started it."""
     die_with_parent()
-    logging.basicConfig(level=log_level, format="%(levelname)s %(name)s: %(message)s")
+    own, handler = logging.getLogger("slipstream"), logging.StreamHandler()
+    own.setLevel(log_level)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    own.addHandler(handler)
     core = importlib.import_module("vllm.v1.engine.core").EngineCoreProc
     steady.prepare(core, load().__version__)
     core.run_engine_core(*args, **kwargs)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def gpu(module: str, name: str) -> Any:
@@ -88,6 +91,7 @@ class Graphs:
             for size in self.sizes:
                 prepare = self._prepare(size)
                 self._before[size] = self._record(prepare, prepare)[0]
+            logger.info("steady steps: graphs of %d sizes, up to %d sequences", len(self.sizes), self.sizes[0])
         return self._before[padded]
 
     def after(self, wanted: Wanted) -> tuple[torch.cuda.CUDAGraph, Samples]:
