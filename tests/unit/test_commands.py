@@ -12,7 +12,7 @@ import pytest
 from slipstream import GRPOConfig
 from slipstream.commands.loading import load_datasets, load_reward_function
 from slipstream.commands.outcome import conclude
-from slipstream.commands.train import parse_settings, read_settings
+from slipstream.commands.train import _says_what_to_do, parse_settings, read_settings
 
 NEEDED = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": "accuracy_reward", "output_dir": "o"}
 
@@ -172,3 +172,24 @@ class TestProgram:
                           "--dataset_name", tmp_path, "--reward_funcs", "accuracy_reward")  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "1 training rows" in done.stdout
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ({"question": "a"}, "train_dataset has no column 'prompt'; its columns are 'question'"),
+            ({"prompt": "a"}, "model='/nowhere/model': no tokenizer of that folder or name can be loaded"),
+        ],
+    )
+    def test_what_shows_when_the_trainer_is_made_is_one_line_too(self, tmp_path, row, message):
+        (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+        done = slipstream("grpo", "--output_dir", tmp_path, "--model_name_or_path", "/nowhere/model", "--use_cpu",
+                          "--dataset_name", tmp_path, "--reward_funcs", "think_format_reward")  # fmt: skip
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1].startswith(f"slipstream grpo: {message}")
+        assert "Traceback" not in done.stderr
+
+    def test_what_others_raise_keeps_its_traceback(self):
+        for raising, ours in ((lambda: GRPOConfig(temperature=-1), True), (lambda: json.loads("{"), False)):
+            with pytest.raises(ValueError) as e:
+                raising()
+            assert _says_what_to_do(e.value) is ours

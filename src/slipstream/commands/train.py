@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,19 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
         print(f"{len(train)} training rows, {len(test) if test is not None else 0} test rows; settings are valid.")
         return
 
-    trainer = trainer_class(
-        model=run_config.model_name_or_path,
-        **scorer,
-        args=args,
-        train_dataset=train,
-        eval_dataset=test,
-        peft_config=_adapter(run_config),
-    )
+    try:
+        trainer = trainer_class(
+            model=run_config.model_name_or_path,
+            **scorer,
+            args=args,
+            train_dataset=train,
+            eval_dataset=test,
+            peft_config=_adapter(run_config),
+        )
+    except (ValueError, NotImplementedError, OSError) as error:
+        if not _says_what_to_do(error):
+            raise
+        sys.exit(f"slipstream {algorithm}: {error}")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if test is not None and not evaluated_last(trainer):
@@ -98,6 +104,12 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
         conclude(trainer, seconds, steps=trainer.state.global_step)
     trainer.close()
     leave_process_group()
+
+
+def _says_what_to_do(error: Exception) -> bool:
+    """Whether it was raised by this package, whose errors need no traceback to be understood."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "slipstream"
 
 
 def _classes(algorithm: str) -> tuple[Any, Any]:

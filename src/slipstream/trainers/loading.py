@@ -54,9 +54,15 @@ def load_tokenizer(processing_class: Any, model: str | nn.Module, config: Online
             raise ValueError(
                 "processing_class=None, but the model does not know where it came from: pass its tokenizer."
             )
-        processing_class = AutoTokenizer.from_pretrained(
-            name, revision=options.get("revision", "main"), trust_remote_code=config.trust_remote_code
-        )
+        try:
+            processing_class = AutoTokenizer.from_pretrained(
+                name, revision=options.get("revision", "main"), trust_remote_code=config.trust_remote_code
+            )
+        except OSError as error:
+            raise OSError(
+                f"model={name!r}: no tokenizer of that folder or name can be loaded ({error}). Give a folder that "
+                "save_pretrained has written, or a model's name on the hub."
+            ) from error
     tokenizer = text_tokenizer(processing_class)
     if not hasattr(tokenizer, "eos_token"):
         raise TypeError(
