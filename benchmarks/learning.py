@@ -17,7 +17,6 @@ import functools
 import importlib.util
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from meeting import meeting_place
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
@@ -140,11 +141,7 @@ def start(args: argparse.Namespace, side: str, seed: int, folder: Path, device: 
     """A run in a process of its own."""
     python = args.trl_python if side == "trl" else sys.executable
     log = (folder / f"{side}-{seed}.log").open("wb")
-    environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        # Where torch.distributed meets: of runs that begin together, one alone would get the default.
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    environment = os.environ | meeting_place() | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
     command = [python, *sys.argv, "--run", side, str(seed), str(folder / f"{side}-{seed}.json")]
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 

@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,8 @@ from typing import Any
 
 import shapes
 import torch
-from grpo_side import SIDES
+from grpo_side import PEER, SIDES
+from meeting import meeting_place
 
 PHASES = ("generate", "score", "sync", "forward", "train")
 
@@ -40,14 +40,10 @@ def run_side(side: str, python: str, settings: dict[str, Any], folder: Path, tim
     given.write_text(json.dumps(settings | {"folder": str(folder / side), "timeout": timeout}))
     command = [python, str(Path(__file__).with_name("grpo_side.py")), side, str(given), str(out)]
     said = folder / f"{side}.log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        # Where torch.distributed meets: of two benchmarks on a machine, one alone would get the default.
-        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     with said.open("w") as log:
         try:
             code = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, env=environment
+                command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, env=os.environ | meeting_place()
             ).returncode
             error = {"error": said.read_text(errors="replace")[-3000:]} if code else {}
         except subprocess.TimeoutExpired:
@@ -61,7 +57,7 @@ def compare(sides: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     trl = sides.get("trl", {})
     ratios = {}
     for name, own in sides.items():
-        if name.startswith("trl") or "step_seconds" not in own or "step_seconds" not in trl:
+        if name in PEER or "step_seconds" not in own or "step_seconds" not in trl:
             continue
         ratios[name] = {
             "step": trl["step_seconds"] / own["step_seconds"],
@@ -160,7 +156,7 @@ def main() -> None:
             made = shapes.save(args.shape, folder / "model", getattr(torch, args.weights), end_every=args.end_every)
             settings["model"] = str(made)
         for side in args.sides:
-            python = args.trl_python if side.startswith("trl") else sys.executable
+            python = args.trl_python if side in PEER else sys.executable
             result["sides"][side] = run_side(side, python, settings, folder, args.timeout)
             result["ratios"] = compare(result["sides"])
             # After each side: what there is stays if the next one is cut off.

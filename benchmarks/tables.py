@@ -59,10 +59,12 @@ def speed() -> str:
         add(what, f"training_step_h200_{tokens}", "padded rows, whole logits", theirs, ours)
     for file, text in STEPS.items():
         found = results(file)
-        seconds = {side: measured["step_seconds"] for side, measured in found["sides"].items()}
-        if file in DISTURBED:
-            seconds = {side: min(measured["each_step"]) for side, measured in found["sides"].items()}
-            text += ", quickest step"
+        disturbed = file in DISTURBED
+        seconds = {
+            side: min(measured["each_step"]) if disturbed else measured["step_seconds"]
+            for side, measured in found["sides"].items()
+        }
+        text += ", quickest step" if disturbed else ""
         add(f"Step of GRPO, {text}, {card(found)}", file, "TRL 1.16", seconds["trl"], seconds["ours"])
         if "liger" in seconds:
             add("The same, both with Liger's kernels", file, "TRL 1.16", seconds["trl-liger"], seconds["liger"])

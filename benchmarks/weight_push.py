@@ -17,7 +17,6 @@ import logging
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -43,6 +42,7 @@ import shapes
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from meeting import free_port
 from serving.servers import Server, start_server
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -165,14 +165,6 @@ def trl_pushes(config: PretrainedConfig, url: str, repeats: int) -> dict[str, An
         seconds.append(time.perf_counter() - begin)
     client.close_communicator()
     return {"first_seconds": seconds[0], "seconds": seconds[1:], "trl": metadata.version("trl")}
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody has."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 class Peer:

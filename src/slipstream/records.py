@@ -141,8 +141,7 @@ class MicroBatch:
             `ref_logps`, `entropy_mask` where they are needed.
         group_size: Completions of a prompt that stand side by side; 1 where they were not kept together.
         position_ids_BT: Position of each token in its own sequence; None: as the columns are numbered.
-        segments: What the one packed row consists of, from left to right; None: rows are padded.
-        layout: What attention makes of the segments, if that was made ahead.
+        layout: What the one packed row consists of, and what attention needs to know about it; None: rows are padded.
     """
 
     rollouts: list[Rollout]
@@ -157,8 +156,12 @@ class MicroBatch:
     per_token: dict[str, Tensor]
     group_size: int = 1
     position_ids_BT: Tensor | None = None
-    segments: tuple[Segment, ...] | None = None
     layout: Layout | None = None
+
+    @property
+    def segments(self) -> tuple[Segment, ...] | None:
+        """What the one packed row consists of, from left to right; None: rows are padded."""
+        return None if self.layout is None else self.layout.segments
 
     def split_rows(self, values_N: Tensor) -> list[Tensor]:
         """Cut a value per completion token into one tensor a row."""

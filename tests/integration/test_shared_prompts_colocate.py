@@ -9,7 +9,7 @@ import pytest
 
 from slipstream.generation.colocate import ColocateEngine
 from slipstream.generation.engine import Request, Sampling
-from slipstream.vllm_compat.shared_prompts import PromptHasher
+from slipstream.vllm_compat.prefix_cache import PromptHasher
 from slipstream.weights.export import named_tensors
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")

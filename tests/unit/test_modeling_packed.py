@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from slipstream.modeling import logprobs
-from slipstream.modeling.attention import NAME, Layout, packed_attention
+from slipstream.modeling.attention import NAME, Layout, packed_attention, row_of
 from slipstream.modeling.logprobs import score_tokens
 from slipstream.modeling.packable import obstacle
 from slipstream.modeling.packing import Packer
@@ -176,9 +176,12 @@ def test_a_layout_made_ahead_is_used(llama, rollouts, monkeypatch):
     batches = list(packer(packed=True, share_prompts=True).pack(rollouts, TOTALS))
     expected = learn(llama, batches)[2]
     for batch in batches:
-        batch.layout = Layout(batch.segments, torch.device("cpu")).prepare()
-    monkeypatch.setattr(logprobs, "Layout", None)
+        batch.layout = Layout(batch.segments, torch.device("cpu"))
+        batch.layout.prepare()
+    seen = []
+    monkeypatch.setattr(logprobs, "row_of", lambda layout: seen.append(layout) or row_of(layout))
     assert torch.equal(learn(llama, batches)[2], expected)
+    assert [id(layout) for layout in seen] == [id(batch.layout) for batch in batches]
 
 
 def test_micro_batches_are_made_one_by_one(rollouts, monkeypatch):

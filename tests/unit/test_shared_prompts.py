@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slipstream.vllm_compat import load, shared_prompts
+from slipstream.vllm_compat import load, prefix_cache
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -57,7 +57,7 @@ def test_completions_of_a_prompt_are_hashed_once(hashing):
     plain, hashed = hashing
     expected = made(plain).block_hashes
     assert len(expected) == len(set(expected)) == 6
-    hasher = shared_prompts.PromptHasher(plain)
+    hasher = prefix_cache.PromptHasher(plain)
     hashed.clear()
     requests = [made(hasher) for _ in range(8)]
     assert len(hashed) == 6
@@ -80,7 +80,7 @@ def test_completions_of_a_prompt_are_hashed_once(hashing):
 
 def test_requests_in_any_order_get_their_own_hashes(hashing):
     plain, _ = hashing
-    hasher = shared_prompts.PromptHasher(plain)
+    hasher = prefix_cache.PromptHasher(plain)
     changing = PROMPT.copy()
     kinds = [
         {}, {"ids": PROMPT.copy()}, {"ids": PROMPT[:50]}, {"ids": PROMPT[:10]}, {"ids": []}, {"ids": [0] * 100},
@@ -100,7 +100,7 @@ def test_requests_in_any_order_get_their_own_hashes(hashing):
 
 def test_a_prompt_shorter_than_a_block_is_hashed_when_it_has_grown(hashing):
     plain, _ = hashing
-    hasher = shared_prompts.PromptHasher(plain)
+    hasher = prefix_cache.PromptHasher(plain)
     short = [made(hasher, PROMPT[:10]) for _ in range(2)]
     assert [request.block_hashes for request in short] == [[], []]
     for request, tokens in zip(short, ([1] * 7, [2] * 7), strict=True):
@@ -117,13 +117,13 @@ def test_what_is_not_known_is_left_alone(hashing):
     plain, _ = hashing
     for version in ("0.26.1", "0.32.0"):
         core = core_of(plain)
-        shared_prompts.install(core, version)
-        assert isinstance(core.request_block_hasher, shared_prompts.PromptHasher)
+        prefix_cache.hash_once(core, version)
+        assert isinstance(core.request_block_hasher, prefix_cache.PromptHasher)
     for version in ("0.25.0", "0.27.0", "0.33.0"):
         core = core_of(plain)
-        shared_prompts.install(core, version)
+        prefix_cache.hash_once(core, version)
         assert core.request_block_hasher is plain
-    for other in (None, made, shared_prompts.PromptHasher(plain)):
+    for other in (None, made, prefix_cache.PromptHasher(plain)):
         core = core_of(other)
-        shared_prompts.install(core, "0.32.0")
+        prefix_cache.hash_once(core, "0.32.0")
         assert core.request_block_hasher is other

@@ -100,10 +100,9 @@ class Layout:
             self._batches[window] = batches_of(self.segments, window, self.device)
         return self._batches[window]
 
-    def prepare(self) -> Layout:
+    def prepare(self) -> None:
         """Make what flash attention needs now, and not while the device waits for the first layer."""
         _ = self.query_ends, self.key_ends, self.key_index_K
-        return self
 
     def _ends(self, lengths: Sequence[int]) -> Tensor:
         return sent(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), self.device)

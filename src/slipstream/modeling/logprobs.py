@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slipstream.modeling.attention import Layout, is_packed, packed_attention, row_of
+from slipstream.modeling.attention import is_packed, packed_attention, row_of
 from slipstream.modeling.standin import Chunks, Settings, Whole, instead_of, logits_of
 from slipstream.records import MicroBatch
 
@@ -75,7 +75,7 @@ def score_tokens(
     with instead_of(head, stand_in):
         answer = _run(model, batch, router_loss)
     logps_N, entropies_N = stand_in.scores(answer.logits)
-    if batch.segments is not None and logps_N.requires_grad:
+    if batch.layout is not None and logps_N.requires_grad:
         logps_N.register_hook(lambda _: _check_backward(model))
     return PolicyOutput(logps_N, entropies_N if entropies else None, answer.aux_loss if router_loss else None)
 
@@ -87,18 +87,13 @@ def _run(model: nn.Module, batch: MicroBatch, router_loss: bool) -> Any:
         options["output_router_logits"] = True
     if batch.position_ids_BT is not None:
         options["position_ids"] = batch.position_ids_BT
-    if batch.segments is None:
-        if router_loss:
-            # The experts do see padding, and it must not count in their balance.
-            options["attention_mask"] = batch.attention_mask_BT
+    if router_loss or batch.layout is not None:
+        # The experts do see padding, and it must not count in their balance. And without a mask, transformers looks at
+        # a packed row's positions for what our layout says already, and the host waits for the device.
+        options["attention_mask"] = batch.attention_mask_BT
+    if batch.layout is None:
         return model(input_ids=batch.input_ids_BT, **options)
-    # Our attention does not look at it; the balance of experts does, for which padding must not count. Without one,
-    # transformers looks at the positions for what our layout says already, and the host waits for the device.
-    options["attention_mask"] = batch.attention_mask_BT
-    layout = batch.layout
-    if layout is None or layout.segments is not batch.segments:
-        layout = Layout(batch.segments, batch.input_ids_BT.device)
-    with packed_attention(model), row_of(layout):
+    with packed_attention(model), row_of(batch.layout):
         return model(input_ids=batch.input_ids_BT, **options)
 
 

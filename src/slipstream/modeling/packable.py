@@ -51,7 +51,7 @@ def _trial(model: nn.Module, head: nn.Module, weight: Tensor) -> str | None:
     rollouts, totals = _rollouts(weight.shape[0]), StepTotals(len(TRIAL), 1.0, 1)
     packed = packer.packed_micro_batch(rollouts, totals, share=True)
     as_one_text = packer.packed_micro_batch(rollouts, totals, share=True)
-    as_one_text.segments = as_one_text.position_ids_BT = None
+    as_one_text.layout = as_one_text.position_ids_BT = None
 
     def score(batch: MicroBatch) -> Tensor:
         return score_tokens(model, head, batch, temperature=1.0).logps_N

@@ -144,9 +144,9 @@ class Packer:
         targets = [input_ids[0, span] for span in spans]
         made = self._micro_batch(rollouts, totals, group_size, input_ids, mask, positions, targets)
         made.position_ids_BT = self._sent(torch.cat(position_ids).unsqueeze(0))
-        made.segments = tuple(segments)
+        made.layout = Layout(tuple(segments), self.device)
         if self.device.type == "cuda":
-            made.layout = Layout(made.segments, self.device).prepare()
+            made.layout.prepare()
         return made
 
     def trial(self, rollouts: Sequence[Rollout], tokens: int, group_size: int = 1) -> MicroBatch:
@@ -192,7 +192,7 @@ class Packer:
             rollouts=rollouts,
             input_ids_BT=self._sent(input_ids),
             attention_mask_BT=self._sent(attention_mask),
-            positions_N=self._sent(torch.cat(positions).long()),
+            positions_N=self._sent(torch.cat(positions)),
             targets_N=self._sent(torch.cat(targets)),
             rows_N=self._sent(torch.arange(len(rollouts)).repeat_interleave(lengths)),
             mask_N=self._sent(torch.cat([loss_mask(r) for r in rollouts])),

@@ -101,6 +101,12 @@ def check_sleep_supported() -> None:
     )
 
 
+def worker_in(executor: Any) -> Any | None:
+    """The worker of an executor of vLLM's that has one in this process; None: they are processes of their own."""
+    worker = getattr(executor, "driver_worker", None)
+    return getattr(worker, "worker", worker)  # it comes wrapped
+
+
 def engine_option_names() -> set[str]:
     """Names that `vllm.LLM` accepts as keyword arguments, in this version."""
     vllm = load()

@@ -25,9 +25,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from slipstream.vllm_compat import load, on_cpu, shared_prompts, steady
+from slipstream.vllm_compat import load, on_cpu, steady, worker_in
 from slipstream.vllm_compat.model import check_updatable, forget_model
-from slipstream.vllm_compat.prefix_cache import reset_quickly
+from slipstream.vllm_compat.prefix_cache import quicken
 from slipstream.vllm_compat.sampled_logprobs import Recorder
 
 logger = logging.getLogger(__name__)
@@ -73,9 +73,7 @@ def start(options: dict[str, Any]) -> tuple[Any, bool]:
     except BaseException:
         shut_down(llm, own_group)
         raise
-    core = llm.llm_engine.engine_core.engine_core
-    reset_quickly(core.scheduler)
-    shared_prompts.install(core, vllm.__version__)
+    quicken(llm.llm_engine.engine_core.engine_core, vllm.__version__)
     return llm, own_group
 
 
@@ -98,8 +96,7 @@ def team_group() -> Any:
 
 def worker_of(llm: Any) -> Any:
     """The worker of an in-process engine: it has `vllm_config` and `model_runner`."""
-    worker = llm.llm_engine.model_executor.driver_worker
-    return getattr(worker, "worker", worker)
+    return worker_in(llm.llm_engine.model_executor)
 
 
 def release_memory() -> None:

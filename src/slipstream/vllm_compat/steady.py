@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from slipstream.vllm_compat import shared_prompts, steady_runner
-from slipstream.vllm_compat.prefix_cache import reset_quickly
+from slipstream.vllm_compat import steady_runner, worker_in
+from slipstream.vllm_compat.prefix_cache import quicken
 from slipstream.vllm_compat.sampled_logprobs import Recorder
 from slipstream.vllm_compat.steady_batch import SWITCH, Batch
 
@@ -94,12 +94,10 @@ def begin(core: Any, version: str, recorder: Recorder | None = None) -> None:
     if why := install(core, version):
         logger.info("every sequence is scheduled by itself in every step, which is slower, since %s", why)
         return
-    # The executor of one worker in this process is the only one that has it; it comes wrapped.
-    wrapped = getattr(core.model_executor, "driver_worker", None)
-    if wrapped is None:
-        slower: str | None = "its workers are processes of their own"
-    else:
-        slower = steady_runner.install(getattr(wrapped, "worker", wrapped), version, recorder)
+    worker = worker_in(core.model_executor)
+    slower: str | None = "its workers are processes of their own"
+    if worker is not None:
+        slower = steady_runner.install(worker, version, recorder)
     logger.info("steady steps: %s", f"by vLLM's own runner, since {slower}" if slower else "CUDA graphs")
 
 
@@ -110,8 +108,7 @@ def prepare(kind: Any, version: str) -> None:
 
     def made(self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
-        reset_quickly(self.scheduler)
-        shared_prompts.install(self, version)
+        quicken(self, version)
         begin(self, version)
 
     kind.__init__, kind.tokens_so_far = made, tokens_so_far
