@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
+import threading
+import time
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
@@ -31,11 +38,46 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def leave_process_group() -> None:
-    """End torch.distributed's default process group, if there is one, before the interpreter ends.
-
-    Else gloo's threads are connected then, and at times abort it: a run that failed, to all appearances.
-    """
+    """End torch.distributed's default process group, if there is one, before the interpreter ends."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
+    let_gloo_rest()
+
+
+def end_after_gloo() -> None:
+    """Have this process `let_gloo_rest` when it ends."""
+    atexit.unregister(let_gloo_rest)
+    atexit.register(let_gloo_rest)
+
+
+def let_gloo_rest(deadline: float = 10.0) -> None:
+    """Wait until gloo's threads are done with their last collectives, for at most `deadline` seconds.
+
+    Such a thread frees a collective's tensors after the one that waited for it has gone on, and needs the interpreter
+    for that. Where the interpreter ends first, the thread aborts the process: a run that failed, to all appearances.
+    Ending the process group is not enough, since DDP and FSDP keep it and its threads.
+    """
+    pause, until = threading.Event(), time.monotonic() + deadline
+    before: set[str] = set()
+    while (now := _threads_of_gloo()) and not (now == before and all("(sleeping)" in thread for thread in now)):
+        if time.monotonic() > until:
+            logger.warning("gloo's threads are still busy after %g s: the process ends regardless", deadline)
+            return
+        before = now
+        # The interpreter is free meanwhile: a thread that waits for it, and so sleeps, has its count of switches grow.
+        pause.wait(0.02)
+
+
+def _threads_of_gloo() -> set[str]:
+    """What the kernel tells of each: its state, and how often it gave up the CPU. Empty where no kernel does."""
+    found = set()
+    for task in Path("/proc/self/task").glob("*"):
+        try:
+            lines = (task / "status").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
+            continue
+        if lines[0].startswith("Name:\tpt_gloo"):
+            found.add(" ".join(line for line in lines if line.startswith(("Pid:", "State:")) or "ctxt" in line))
+    return found

@@ -113,7 +113,9 @@ def test_two_ranks_learn_what_one_learns(results, number):
 
 
 if __name__ == "__main__":
+    from slipstream.lifetime import leave_process_group
+
     torch.distributed.init_process_group("gloo")
     answers = [run(*kind) for kind in KINDS]
     Path(sys.argv[1], f"{torch.distributed.get_rank()}.json").write_text(json.dumps(answers))
-    torch.distributed.destroy_process_group()
+    leave_process_group()

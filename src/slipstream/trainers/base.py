@@ -16,6 +16,7 @@ from transformers.trainer_utils import TrainOutput
 from slipstream import vllm_compat
 from slipstream.config import OnlineConfig
 from slipstream.generation.build import build_engine
+from slipstream.lifetime import end_after_gloo
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.reward_models import load_reward
 from slipstream.rollouts.rewards import RewardRunner
@@ -88,6 +89,7 @@ class OnlineTrainer(Evaluating):
         if train_dataset is not None:
             self._sampler = self._make_sampler(args, len(train_dataset))
 
+        end_after_gloo()
         # An adapter is initialised at random: seed before it is made, not only in Trainer.__init__.
         torch.manual_seed(args.seed)
         policy = loading.load_policy(model, args, quantization_config)
