@@ -391,19 +391,22 @@ def test_a_transaction_of_another_trainer_is_a_conflict(client, server, changed,
 @pytest.mark.parametrize("mode", ["keep", "wait"])
 def test_running_requests_go_on_or_are_waited_for(client, original, changed, mode):
     client.init_communicator("cpu")
-    client.update_weights(next_version(client), named(original))
-    old = client.server_info().version
     sampling = Sampling(max_tokens=200, extra={"ignore_eos": True})
-    with ThreadPoolExecutor(1) as pool:
-        sampled = pool.submit(client.sample, [Request(PROMPTS[0], n=48, seed=1)], sampling)
-        deadline = time.monotonic() + 30
-        while not client.server_info().replicas[0].running:
-            assert time.monotonic() < deadline
-        client.update_weights(old + 1, named(changed), mode=mode)
-        [completions] = sampled.result(timeout=120)
-    versions = {run[1] for c in completions for run in c.version_runs or ((0, c.weight_version),)}
+    for _ in range(5):  # on a busy machine all may be over before the push begins: that shows nothing of "keep"
+        client.update_weights(next_version(client), named(original))
+        old = client.server_info().version
+        with ThreadPoolExecutor(1) as pool:
+            sampled = pool.submit(client.sample, [Request(PROMPTS[0], n=48, seed=1)], sampling)
+            deadline = time.monotonic() + 30
+            while not (client.server_info().replicas[0].running or sampled.done()):
+                assert time.monotonic() < deadline
+            client.update_weights(old + 1, named(changed), mode=mode)
+            [completions] = sampled.result(timeout=120)
+        assert client.server_info().version == old + 1
+        versions = {run[1] for c in completions for run in c.version_runs or ((0, c.weight_version),)}
+        if versions != {old} or mode == "wait":
+            break
     assert versions == ({old, old + 1} if mode == "keep" else {old})
-    assert client.server_info().version == old + 1
 
 
 def test_generating_needs_no_torch():
