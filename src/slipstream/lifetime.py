@@ -38,21 +38,21 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def leave_process_group() -> None:
-    """End torch.distributed's default process group, if there is one, before the interpreter ends."""
+    """End torch.distributed's default process group, if there is one, and this process only after gloo."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
-    let_gloo_rest()
+    end_after_gloo()
 
 
 def end_after_gloo() -> None:
-    """Have this process `let_gloo_rest` when it ends."""
-    atexit.unregister(let_gloo_rest)
-    atexit.register(let_gloo_rest)
+    """Have this process wait for gloo's threads when it ends; said again, it waits once."""
+    atexit.unregister(_let_gloo_rest)
+    atexit.register(_let_gloo_rest)
 
 
-def let_gloo_rest(deadline: float = 10.0) -> None:
+def _let_gloo_rest(deadline: float = 10.0) -> None:
     """Wait until gloo's threads are done with their last collectives, for at most `deadline` seconds.
 
     Such a thread frees a collective's tensors after the one that waited for it has gone on, and needs the interpreter

@@ -24,7 +24,7 @@ def test_a_thread_of_gloo_that_frees_a_tensor_does_not_abort_the_process_at_its_
 
 
 def test_without_waiting_it_does(tmp_path):
-    """Where this fails, torch waits itself, and lifetime.let_gloo_rest can go."""
+    """Where this fails, torch waits itself, and lifetime.end_after_gloo can go."""
     ends = []
     for attempt in ("first", "second", "third"):  # on a busy machine the process may be gone before its thread runs
         (tmp_path / attempt).mkdir()
