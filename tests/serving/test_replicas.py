@@ -75,21 +75,31 @@ def test_the_server_says_how_many_workers_it_starts(server):
     assert len(server.replicas()) == 2
 
 
+def running(server):
+    return [replica.running for replica in calls.info(server).replicas]
+
+
 def test_prompts_are_spread_and_groups_stay_together(server):
-    headers = {**server.headers, "content-type": wire.MSGPACK}
-    content = wire.encode(request(PROMPTS[:6], n=80, max_tokens=250, extra=LONG))
-    with httpx.stream("POST", f"{server.url}/generate", content=content, headers=headers) as answer:
-        assert [replica.running for replica in calls.info(server).replicas] == [240, 240]
-        # Seconds of work, still under way when the next one begins: that goes to whichever has less to do.
-        with httpx.stream(
-            "POST", f"{server.url}/generate", content=wire.encode(request(PROMPTS[:1], n=4, max_tokens=99)),
-            headers=headers,
-        ) as other:  # fmt: skip
-            assert sorted(replica.running for replica in calls.info(server).replicas) == [240, 244]
-            calls.frames_of(b"".join(other.iter_raw()))
-        frames = calls.frames_of(b"".join(answer.iter_raw()))
-    assert {(frame.prompt, frame.sample) for frame in frames} == {(p, s) for p in range(6) for s in range(80)}
-    assert [replica.running for replica in calls.info(server).replicas] == [0, 0]
+    def streamed(message):
+        headers = {**server.headers, "content-type": wire.MSGPACK}
+        return httpx.stream(
+            "POST", f"{server.url}/generate", content=wire.encode(message), headers=headers, timeout=120
+        )
+
+    for _ in range(5):  # on a busy machine some may have ended before one looks: that shows nothing
+        with streamed(request(PROMPTS[:6], n=80, max_tokens=250, extra=LONG)) as answer:
+            first = running(server)
+            # Seconds of work, still under way when the next one begins: that goes to whichever has less to do.
+            with streamed(request(PROMPTS[:1], n=4, max_tokens=250, extra=LONG)) as other:
+                both = running(server)
+                calls.frames_of(b"".join(other.iter_raw()))
+            frames = calls.frames_of(b"".join(answer.iter_raw()))
+        assert {(frame.prompt, frame.sample) for frame in frames} == {(p, s) for p in range(6) for s in range(80)}
+        assert running(server) == [0, 0]
+        if (sum(first), sum(both)) == (480, 484):
+            break
+    assert first == [240, 240]
+    assert sorted(both) == [240, 244]
 
 
 def test_an_error_names_the_callers_prompt(server):
