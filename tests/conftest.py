@@ -12,8 +12,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import tiny
 import torch
+from hypothesis import settings
 
 from slipstream.generation import guest
+
+# An example may take as long as a busy machine makes it take.
+settings.register_profile("any speed", deadline=None)
+settings.load_profile("any speed")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,5 +14,5 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 def check(script: str) -> None:
     """Run Python code that prints "all equal" when it is done."""
     command = ["env", "TRITON_INTERPRET=1", sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert "all equal" in done.stdout, done.stderr[-3000:]

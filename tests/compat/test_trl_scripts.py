@@ -43,7 +43,7 @@ def run(tiny_model, tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout

@@ -37,8 +37,9 @@ def main() -> None:
     generate = trainer.engine.generate
 
     def noted(requests, *arguments, **options):
-        ASKED.append(sum(request.n for request in requests))
-        return generate(requests, *arguments, **options)
+        found = generate(requests, *arguments, **options)
+        ASKED.append(sum(request.n for request in requests))  # once, also where it had to be asked for again
+        return found
 
     trainer.engine.generate = noted
     trainer.train()

@@ -23,7 +23,7 @@ def launch(model, folder, ranks, **settings):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
         str(SCRIPT), str(model), str(folder), json.dumps({"max_steps": 2, "use_cpu": True} | settings),
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     histories = [json.loads((folder / f"rank{r}.json").read_text()) for r in range(ranks)]
     return load_file(folder / "model.safetensors"), histories

@@ -30,6 +30,13 @@ def start(model, folder, fate):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def finish(run):
+    try:
+        return run.communicate(timeout=600)[0]
+    finally:
+        run.kill()
+
+
 def result(folder):
     history = [json.loads((folder / f"history{rank}.json").read_text()) for rank in range(2)]
     measured = ("time", "per_second", "seconds")
@@ -43,7 +50,7 @@ def test_two_killed_ranks_continue_as_if_nothing_had_been(tiny_model, tmp_path):
         "leave": start(tiny_model, tmp_path / "whole", "leave"),
         "kill": start(tiny_model, tmp_path / "cut", "kill"),
     }
-    output = {fate: run.communicate(timeout=240)[0] for fate, run in runs.items()}
+    output = {fate: finish(run) for fate, run in runs.items()}
     assert runs["leave"].returncode == 0, output["leave"][-4000:]
     assert "Signal 9 (SIGKILL)" in output["kill"], output["kill"][-4000:]
     checkpoint = tmp_path / "cut" / "checkpoint-5"
@@ -53,7 +60,7 @@ def test_two_killed_ranks_continue_as_if_nothing_had_been(tiny_model, tmp_path):
     assert not (tmp_path / "cut" / "checkpoint-10").exists()
 
     again = start(tiny_model, tmp_path / "cut", "resume")
-    output["resume"] = again.communicate(timeout=240)[0]
+    output["resume"] = finish(again)
     assert again.returncode == 0, output["resume"][-4000:]
 
     (whole, logs), (resumed, logs_resumed) = result(tmp_path / "whole"), result(tmp_path / "cut")

@@ -35,7 +35,7 @@ def start(script, *arguments, ranks=2):
 
 def finish(run):
     try:
-        output = run.communicate(timeout=300)[0]
+        output = run.communicate(timeout=1200)[0]
     finally:
         run.kill()
     assert run.returncode == 0, output[-6000:]

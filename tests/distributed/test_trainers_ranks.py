@@ -35,7 +35,7 @@ def folders(tiny_model, tmp_path_factory):
     runs = [start(tiny_model, one, 1, 6), start(tiny_model, two, 2, 3)]  # at the same time: much of it is imports
     try:
         for run in runs:
-            output = run.communicate(timeout=400)[0]
+            output = run.communicate(timeout=1200)[0]
             assert run.returncode == 0, output[-4000:]
     finally:
         for run in runs:

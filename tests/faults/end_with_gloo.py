@@ -15,8 +15,12 @@ from slipstream.lifetime import end_after_gloo, leave_process_group
 begun = threading.Event()
 
 
+# Where nobody waits for the thread, the time that it is kept from a core does not count: it is to meet the end.
+clock = time.thread_time if sys.argv[2] == "alone" else time.monotonic
+
+
 class SlowToFree(torch.Tensor):
-    def __del__(self, begun=begun, now=time.monotonic):
+    def __del__(self, begun=begun, now=clock):
         begun.set()
         until = now() + 0.5
         while now() < until:

@@ -30,7 +30,7 @@ class Digits(BasePairwiseJudge):
 
 def slipstream_command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "slipstream", *map(str, arguments)], capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", "slipstream", *map(str, arguments)], capture_output=True, text=True, timeout=600
     )
 
 

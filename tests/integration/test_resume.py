@@ -99,7 +99,7 @@ def trained(model, folder, resume=None, **settings):
 def test_a_killed_run_continues_as_if_nothing_had_been(tiny_model, tmp_path, settings):
     killed = start_to_be_killed(tiny_model, tmp_path / "cut", settings)
     whole = trained(str(tiny_model), tmp_path / "whole", **settings)
-    output, _ = killed.communicate(timeout=180)
+    output, _ = killed.communicate(timeout=600)
     assert killed.returncode == -signal.SIGKILL, output[-4000:]
     checkpoint = tmp_path / "cut" / "checkpoint-5"
     assert checkpoint.is_dir()

@@ -38,14 +38,14 @@ def train(model, folder, server=None, ranks=1, **settings):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"}
     if server is not None:
         environment["SLIPSTREAM_API_KEY"] = server.key
-        settings |= {"vllm_mode": "server", "vllm_server_base_url": server.url, "vllm_server_timeout": 30}
+        settings |= {"vllm_mode": "server", "vllm_server_base_url": server.url, "vllm_server_timeout": 240}
     settings = {"per_device_train_batch_size": 12 // ranks} | settings
     settings = {"max_steps": 2, "use_cpu": True, "eval_on_start": True} | settings
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
         str(SCRIPT), str(model), str(folder), json.dumps(settings),
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     # An evaluation is padded to whole batches of all ranks: a set has each of its rows once.
     sampled = {
@@ -120,7 +120,7 @@ def test_a_server_that_is_too_short_is_refused_at_the_start(tiny_model, tmp_path
     from slipstream.generation.server import ServerEngine
 
     with pytest.raises(ValueError, match=r"vllm_max_model_length=1024, but the server .* --max-model-len 256"):
-        ServerEngine(server.url, device=torch.device("cpu"), timeout=10, max_model_len=1024)
+        ServerEngine(server.url, device=torch.device("cpu"), timeout=60, max_model_len=1024)
 
 
 class TestTheServersLength:

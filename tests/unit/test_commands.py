@@ -19,7 +19,7 @@ NEEDED = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": "accur
 
 def slipstream(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "slipstream", *map(str, arguments)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "slipstream", *map(str, arguments)], capture_output=True, text=True, timeout=600
     )
 
 

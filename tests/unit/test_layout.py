@@ -55,4 +55,4 @@ def test_what_cannot_be_sent_is_named(spec: TensorSpec, message: str) -> None:
 
 def test_the_server_process_needs_no_torch_for_it() -> None:
     code = "import slipstream.weights.layout, slipstream.serving.store, sys; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

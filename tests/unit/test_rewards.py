@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import slipstream.rewards
 from slipstream.rewards import (
     accuracy_reward,
     get_cosine_scaled_reward,
@@ -175,11 +180,37 @@ def test_time_limit_holds_off_the_main_thread(text, caplog):
     with caplog.at_level(logging.WARNING, logger="slipstream.rewards.math_pool"):
         thread = threading.Thread(target=score)
         thread.start()
-        thread.join(30)
+        thread.join(120)
     [(rewards, seconds)] = answers
     assert rewards == [0.0, 1.0]
-    assert seconds < 10  # 0.5 s for the slow one, and the start of the next worker (0.5 s on an idle core).
+    assert seconds < 50  # Without a limit it would never end; GRACE_SECONDS are for a worker that does nothing.
     assert "no verdict within 0.5 s" in caplog.text
+
+
+def test_time_in_which_a_worker_gets_no_core_does_not_count():
+    command = [sys.executable, "-P", Path(slipstream.rewards.__file__).with_name("math_worker.py")]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert worker.stdout.readline() == '"ready"\n'
+        process = psutil.Process(worker.pid)
+        began = sum(process.cpu_times()[:2])
+        worker.stdin.write(json.dumps([0.5, NESTED]) + "\n")
+        worker.stdin.flush()
+        deadline = time.monotonic() + 60
+        while sum(process.cpu_times()[:2]) < began + 0.1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)  # between two looks at another process
+        process.suspend()
+        time.sleep(0.6)  # more than the limit
+        process.resume()
+        _, status, used = os.wait4(worker.pid, 0)
+        worker.returncode = os.waitstatus_to_exitcode(status)
+        assert worker.returncode == -signal.SIGPROF
+        assert 0.4 < used.ru_utime + used.ru_stime - began < 2
+    finally:
+        worker.kill()
+        worker.stdin.close()
+        worker.stdout.close()
 
 
 def test_gold_that_takes_too_long_is_not_scorable():
@@ -203,7 +234,7 @@ def test_calls_from_several_threads():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     assert results == {n: [1.0, 0.0] for n in range(1, 7)}
 
 
@@ -218,11 +249,12 @@ def test_several_workers_give_the_answers_in_order():
         pool.close()
 
 
-def test_512_short_completions_take_no_time():
+def test_512_short_completions_take_no_time(monkeypatch):
+    monkeypatch.setattr(POOL, "_ask_all", lambda questions, seconds: [pytest.fail(f"{q}: asked") for q in questions])
     texts = [rf"We add and get \boxed{{{n % 100}}}." for n in range(512)]
-    start = time.monotonic()
+    start = time.thread_time()
     rewards = accuracy_reward(texts, solution=["7"] * 512)
-    assert time.monotonic() - start < 0.5
+    assert time.thread_time() - start < 0.5
     assert sum(rewards) == sum(n % 100 == 7 for n in range(512))
 
 
@@ -236,10 +268,10 @@ def test_no_worker_outlives_the_process(ending):
         print(POOL._workers[0]._process.pid, flush=True)
         {ending}
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, timeout=60)
-    pid, deadline = int(done.stdout), time.monotonic() + 10
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, timeout=300)
+    pid, deadline = int(done.stdout), time.monotonic() + 60
     while _alive(pid) and time.monotonic() < deadline:
-        os.sched_yield()
+        time.sleep(0.02)  # between two looks at another process
     assert not _alive(pid)
 
 
@@ -258,7 +290,7 @@ def test_the_users_script_runs_once(tmp_path):
         "print('ran')\n"
         "print(accuracy_reward([r'\\boxed{x + 1}'], solution=['$x+1$']))\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout == "ran\n[1.0]\n"
 
 
@@ -426,5 +458,5 @@ def test_names_and_pickling():
 def test_import_is_light():
     heavy = ("torch", "sympy", "math_verify")
     code = f"import sys, slipstream.rewards; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "[]"

@@ -131,7 +131,7 @@ class TestRewards:
             return [2.0] * len(completions)
 
         rows = rollouts(1)
-        RewardRunner([first, second], [None, None], timeout=20).score(rows)
+        RewardRunner([first, second], [None, None], timeout=60).score(rows)
         assert rows[0].rewards == [1.0, 2.0]
 
     def test_async_functions_work_inside_a_running_loop(self):

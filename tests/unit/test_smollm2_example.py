@@ -118,7 +118,7 @@ def test_two_step_answers(some):
 
 
 def test_the_files_are_always_the_same(tmp_path):
-    subprocess.run([sys.executable, str(EXAMPLE / "make_data.py"), "--out", str(tmp_path)], check=True, timeout=60)
+    subprocess.run([sys.executable, str(EXAMPLE / "make_data.py"), "--out", str(tmp_path)], check=True, timeout=300)
     lines = {name: (tmp_path / f"{name}.jsonl").read_text() for name in ("train", "test")}
     digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in lines.items()}
     assert digests == {"train": "abb7735d0ff11b43", "test": "fc9e435ebe0c5c43"}

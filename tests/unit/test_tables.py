@@ -32,4 +32,4 @@ def test_pages_are_up_to_date(page):
 
 def test_it_needs_nothing_but_python():
     code = "import sys; sys.path.insert(0, 'benchmarks'); import tables; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)

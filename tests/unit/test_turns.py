@@ -49,7 +49,7 @@ class Engine:
 
 
 def run(scenario):
-    asyncio.run(asyncio.wait_for(scenario(), 10))
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_they_come_in_order_and_share_a_turn():

@@ -41,8 +41,8 @@ def accuracy_reward(
         completions: Strings, or lists of messages of which the last assistant message counts.
         solution: Gold answers, one a completion: numbers, or text with LaTeX or plain expressions. None gives None.
         log_extra: Given by the trainer; gets the columns `solution` and `answer_parsed` for the table of completions.
-        time_limit: Seconds for one comparison, on any thread. A completion that takes longer gets 0.0 and a warning;
-            a gold answer that takes longer counts as one that cannot be parsed.
+        time_limit: Seconds on a core for one comparison, from any thread. A completion that takes longer gets 0.0 and
+            a warning; a gold answer that takes longer counts as one that cannot be parsed.
 
     Raises:
         ValueError, TypeError: `solution` does not match `completions`.

@@ -26,7 +26,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 60.0
-GRACE_SECONDS = 2.0  # The worker's own alarm comes first; this is for a worker that is stopped or swapped out.
+GRACE_SECONDS = 60.0  # The worker counts its seconds on a core; this is for one that gets none.
 ITEMS_PER_WORKER = 48  # Starting one more worker costs about as much as comparing several hundred short answers.
 
 

@@ -30,7 +30,7 @@ class SharedFile:
         self.nonce = b""
         self.path = FOLDER / f"{_PREFIX}{secrets.token_hex(16)}"
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)  # a starting server may hold it, to look whether it is in use
 
     def allocate(self) -> None:
         """Take all memory now: a client that writes into memory that is not there is killed by a signal.
