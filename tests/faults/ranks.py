@@ -1,6 +1,6 @@
 """One of two ranks of a trainer that have trouble with a server: `python ranks.py RANK FILE`.
 
-Prints what this rank returns or raises in each case. A rank that waits for the other one does so for 20 s.
+Prints what this rank returns or raises in each case. A rank that waits for the other one does so for 60 s.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Sampling(Generating):
 def main(rank, file):
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     os.environ.update({name: str(value) for name, value in environment.items()}, ACCELERATE_USE_CPU="true")
-    dist.init_process_group("gloo", f"file://{file}", timedelta(seconds=20), world_size=2, rank=rank)
+    dist.init_process_group("gloo", f"file://{file}", timedelta(seconds=60), world_size=2, rank=rank)
     engine = object.__new__(ServerEngine)  # without a server: only how ranks agree is of interest
     engine.version, engine._dtype, engine._specs = None, "float32", None
     errors = {

@@ -17,7 +17,7 @@ def test_ranks_fail_together_and_recover_together(tmp_path):
         for rank in (0, 1)
     ]
     try:
-        first, second = (rank.communicate(timeout=90)[0].splitlines() for rank in ranks)
+        first, second = (rank.communicate(timeout=240)[0].splitlines() for rank in ranks)
     finally:
         for rank in ranks:
             rank.kill()

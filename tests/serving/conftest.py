@@ -9,7 +9,7 @@ import pytest
 import servers
 import tiny
 
-IDLE_SECONDS = 6
+IDLE_SECONDS = 12
 # Options of a module's own server.
 OTHERS = {
     "test_client.py": (),

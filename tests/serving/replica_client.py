@@ -49,11 +49,11 @@ class ReplicaProcess:
         self.client.close()
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(10)
+            return self.process.wait(60)
         finally:
             if self.process.poll() is None:
                 self.process.kill()
-                self.process.wait(10)
+                self.process.wait(60)
 
     def post(self, path, message=None, method="POST"):
         """The answer to a message."""

@@ -59,7 +59,7 @@ class Server:
         """What it has printed."""
         return self.log.read_text(errors="replace")
 
-    def stop(self, timeout: float = 30) -> int:
+    def stop(self, timeout: float = 60) -> int:
         """End it as an operator would, by SIGTERM; its exit code. Nothing of it is left afterwards.
 
         Raises:
@@ -75,7 +75,7 @@ class Server:
             if self.process.poll() is None:
                 self.process.kill()
                 self.process.wait(timeout)
-            left = psutil.wait_procs(children, timeout=10)[1]
+            left = psutil.wait_procs(children, timeout=60)[1]
             for child in left:
                 child.kill()
             assert not left

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 
+import calls
 import httpx
 import pytest
 import servers
@@ -30,7 +31,7 @@ def routes():
 
 def test_every_route_needs_the_key(server):
     others = ["/", "/metrics", "/collective_rpc", "/nothing", "/health/", "//health", "/health?x=1"]
-    with httpx.Client() as client:
+    with httpx.Client(timeout=60) as client:
         for path in [*routes(), *others]:
             for method in METHODS:
                 for headers in ({}, {"authorization": "Bearer wrong-key-of-some-length"}):
@@ -47,19 +48,19 @@ def test_every_route_needs_the_key(server):
     ],
 )  # fmt: skip
 def test_other_authorizations_are_refused(server, value):
-    answer = httpx.get(f"{server.url}/server_info", headers={"authorization": value})
+    answer = calls.CLIENT.get(f"{server.url}/server_info", headers={"authorization": value})
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
     assert servers.KEY not in answer.text
 
 
 def test_the_key_opens(server):
-    assert httpx.get(f"{server.url}/server_info", headers=server.headers).status_code == 200
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ready"}
+    assert calls.CLIENT.get(f"{server.url}/server_info", headers=server.headers).status_code == 200
+    assert calls.CLIENT.get(f"{server.url}/health").json() == {"status": "ready"}
 
 
 def test_two_keys_are_none(server):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.putrequest("GET", "/server_info")
     connection.putheader("Authorization", "Bearer wrong")
     connection.putheader("Authorization", f"Bearer {server.key}")
@@ -68,7 +69,7 @@ def test_two_keys_are_none(server):
 
 
 def test_no_route_of_vllms_own_server_is_there(server):
-    with httpx.Client(base_url=server.url, headers=server.headers) as client:
+    with httpx.Client(base_url=server.url, headers=server.headers, timeout=60) as client:
         for path in (
             "/collective_rpc", "/pause", "/resume", "/sleep", "/wake_up", "/update_weights", "/invocations", "/metrics",
             "/v1/../info", "/v1/%2e%2e/info", "/v1/..%2finfo", "/v1/%2e%2e%2finfo",
@@ -81,7 +82,7 @@ def test_no_route_of_vllms_own_server_is_there(server):
 
 
 def test_the_key_is_never_logged(server):
-    httpx.post(f"{server.url}/generate", headers=server.headers, content=b"{")
+    calls.CLIENT.post(f"{server.url}/generate", headers=server.headers, content=b"{")
     assert servers.KEY not in server.output()
 
 
@@ -90,6 +91,8 @@ def test_a_key_is_made_and_kept_for_its_user_alone(tiny_model, tmp_path, monkeyp
     monkeypatch.delenv("SLIPSTREAM_API_KEY", raising=False)
     server = servers.start_server(tiny_model, key=None, wait=False)
     try:
+        [replica] = servers.until(server.replicas, 60, server)
+        replica.suspend()  # it starts for as long as the test takes
         path = auth.key_path(server.port)
         assert f"key: {path}" in server.output()
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -99,16 +102,17 @@ def test_a_key_is_made_and_kept_for_its_user_alone(tiny_model, tmp_path, monkeyp
         assert auth.find_key("127.0.0.1", server.port) == auth.find_key("localhost", server.port) == server.key
         assert auth.find_key("192.0.2.1", server.port) is None  # not this machine
         assert auth.find_key("127.0.0.1", server.port + 1) is None
-        answer = httpx.get(f"{server.url}/server_info", headers=server.headers)
+        answer = calls.CLIENT.get(f"{server.url}/server_info", headers=server.headers)
         assert answer.status_code == 503  # the key fits, and no replica is up yet
         assert answer.json() == {"detail": "replica 0 is starting"}
-        assert httpx.get(f"{server.url}/health").json() == {"detail": "starting"}
-        generate = httpx.post(f"{server.url}/generate", headers=server.headers, json={"prompts": [{"ids": [5]}]})
+        assert calls.CLIENT.get(f"{server.url}/health").json() == {"detail": "starting"}
+        generate = calls.CLIENT.post(f"{server.url}/generate", headers=server.headers, json={"prompts": [{"ids": [5]}]})
         assert (generate.status_code, generate.json()) == (503, {"detail": "replica 0 is starting"})
         path.chmod(0o640)
         with pytest.raises(PermissionError, match="mode 640"):
             auth.find_key("127.0.0.1", server.port)
         path.chmod(0o600)
+        replica.resume()
     finally:
         server.stop()
     assert not path.exists()
@@ -156,4 +160,4 @@ def test_a_client_that_has_no_home_still_looks_in_the_right_place(monkeypatch, t
 
 
 def test_an_error_is_json(server):
-    assert "detail" in json.loads(httpx.get(f"{server.url}/nothing").content)
+    assert "detail" in json.loads(calls.CLIENT.get(f"{server.url}/nothing").content)

@@ -58,7 +58,7 @@ def test_every_call_has_a_deadline():
     connection = Connection("http://127.0.0.1:1", "k", 77)
     connection._client = httpx.Client(transport=httpx.MockTransport(noted))
     connection.wait(0)
-    assert asked.pop("GET /health")["read"] == 1
+    assert asked.pop("GET /health")["read"] == 10
     calls = verbs(connection)
     for call in calls.values():
         call()

@@ -45,7 +45,7 @@ def still_there(server):
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_routes_do_what_they_say(server, mode):
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers=server.headers)
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers=server.headers, timeout=60)
     tried = set()
     for found in schema.get_all_operations():
         operation = found.ok()

@@ -25,7 +25,7 @@ from slipstream.serving.client import VLLMClient
 
 HERE = Path(__file__).parent
 ELSEWHERE = ("sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh")
-END_SECONDS = 15
+END_SECONDS = 60
 ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # stay at 127.0.0.1, as Ray does there, and listen nowhere else
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -139,7 +139,7 @@ def assert_serves(client, model, version):
 
 def test_weights_reach_workers_on_two_machines(server, machines, model):
     assert [len(machine.workers()) for machine in machines] == [1, 1]
-    with VLLMClient(base_url=server.url, api_key=server.key) as client:
+    with VLLMClient(base_url=server.url, api_key=server.key, connection_timeout=60) as client:
         [replica] = client.server_info().replicas
         assert (replica.ranks, replica.shares_memory) == (2, False)
         for transport in ("shared_memory", "body"):
@@ -164,6 +164,6 @@ def test_workers_end_with_a_server_that_is_killed(server, machines):
     started, children = workers(machines), server.children()
     assert len(started) == 2
     server.process.kill()
-    server.process.wait(10)
+    server.process.wait(END_SECONDS)
     left = psutil.wait_procs([*started, *children], timeout=END_SECONDS)[1]
     assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
@@ -112,11 +113,11 @@ def test_completions_stream_as_they_finish(replica):
     prompts = [prompt(PROMPTS[0], seed=1), prompt(PROMPTS[1], seed=2)]
     stops = replica.generate(prompts[1], **LONG)[0][0].ids[0]
     sampling = wire.SamplingMessage(max_tokens=100, extra={"ignore_eos": True, "stop_token_ids": [stops]})
-    message = wire.GenerateMessage(prompts=prompts[::-1] + prompts[:1] * 3, sampling=sampling)
+    message = wire.GenerateMessage(prompts=prompts[1:] + prompts[:1] * 400, sampling=sampling)
     with replica.streaming(message) as frames:
         first = next(frames)
-        running = replica.info().running
-        list(frames)
+        running = replica.info().running  # of seconds of work
+    until(lambda: replica.info().running == 0, 60)
     assert first.prompt == 0
     assert len(first.completion.ids) == 1
     assert running > 0
@@ -167,7 +168,7 @@ def test_updates_change_what_serves(replica, model):
         answer = push(replica, version, model)
         reply = msgspec.msgpack.decode(answer.content, type=wire.CommitReply)
         assert reply.version == version
-        assert 0 < reply.paused_seconds < 5
+        assert 0 < reply.paused_seconds < 60
         assert_serves(replica, model, version)
 
 
@@ -228,26 +229,29 @@ def test_an_aborted_update_is_over(replica, model):
 
 
 def test_an_update_in_flight_says_which_tokens_are_whose(replica, model, tiny_model):
-    push(replica, 5, model)
     new = engines.step(engines.policy(tiny_model), seed=5, scale=0.05)
-    with Beside(lambda: replica.generate(*(prompt(p, n=4, seed=7) for p in PROMPTS), **LONG)) as beside:
-        until(lambda: replica.info().running == 16, 30)
-        reply = msgspec.msgpack.decode(push(replica, 6, new).content, type=wire.CommitReply)
-    assert reply.version == 6
-    switched = 0
-    for ids, answers in zip(PROMPTS, beside.result, strict=True):
-        for completion in answers:
-            assert len(completion.ids) == 100
-            runs = completion.version_runs or ((0, completion.weight_version),)
-            assert runs[-1][1] == 6
-            assert max_difference(new, ids, completion, first=runs[-1][0]) < 1e-4
-            if len(runs) == 2:
-                switched += 1
-                assert runs[0] == (0, 5)
-                first = runs[1][0]
-                old = engines.logprobs(model, ids, completion.ids)[:first] - torch.tensor(completion.logprobs[:first])
-                assert old.abs().max() < 1e-4
-                assert max_difference(model, ids, completion, first=first) > 1e-2
+    for _ in range(5):  # on a busy machine all may be over before the push begins: that shows nothing
+        push(replica, 5, model)
+        with Beside(lambda: replica.generate(*(prompt(p, n=16, seed=7) for p in PROMPTS), **LONG)) as beside:
+            until(lambda: replica.info().running or beside.done, 60)
+            reply = msgspec.msgpack.decode(push(replica, 6, new).content, type=wire.CommitReply)
+        assert reply.version == 6
+        switched = 0
+        for ids, answers in zip(PROMPTS, beside.result, strict=True):
+            for completion in answers:
+                assert len(completion.ids) == 100
+                runs = completion.version_runs or ((0, completion.weight_version),)
+                last = {5: model, 6: new}[runs[-1][1]]
+                assert max_difference(last, ids, completion, first=runs[-1][0]) < 1e-4
+                if len(runs) == 2:
+                    switched += 1
+                    assert [version for _, version in runs] == [5, 6]
+                    first = runs[1][0]
+                    old = engines.logprobs(model, ids, completion.ids) - torch.tensor(completion.logprobs)
+                    assert old[:first].abs().max() < 1e-4
+                    assert first > 90 or old[first:].abs().max() > 1e-2  # a few tokens may be as likely by chance
+        if switched >= 8:
+            break
     assert switched >= 8
     assert_serves(replica, new, 6)
 
@@ -255,14 +259,17 @@ def test_an_update_in_flight_says_which_tokens_are_whose(replica, model, tiny_mo
 def test_an_update_that_waits_lets_requests_end(replica, model, tiny_model):
     push(replica, 7, model)
     new = engines.step(engines.policy(tiny_model), seed=5, scale=0.05)
-    with Beside(lambda: replica.generate(*(prompt(p, n=4, seed=7) for p in PROMPTS), **LONG)) as beside:
-        until(lambda: replica.info().running == 16, 30)
+    with Beside(lambda: replica.generate(*(prompt(p, n=16, seed=7) for p in PROMPTS), **LONG)) as beside:
+        until(lambda: replica.info().running or beside.done, 60)
         reply = msgspec.msgpack.decode(push(replica, 8, new, mode="wait").content, type=wire.CommitReply)
     assert reply.version == 8
+    versions = set()
     for ids, answers in zip(PROMPTS, beside.result, strict=True):
         for completion in answers:
-            assert (completion.weight_version, completion.version_runs) == (7, ())
-            assert max_difference(model, ids, completion) < 1e-4
+            assert completion.version_runs == ()
+            assert max_difference({7: model, 8: new}[completion.weight_version], ids, completion) < 1e-4
+            versions.add(completion.weight_version)
+    assert 7 in versions  # those that had no place among the 16 yet come after the update
     assert_serves(replica, new, 8)
 
 
@@ -270,17 +277,23 @@ def test_an_update_that_waits_lets_requests_end(replica, model, tiny_model):
 def trainers_group(replica):
     """Makes a process group of this process, rank 0, and the replica's worker."""
     with store_server() as (url, _), ThreadPoolExecutor() as pool:
-        made = []
+        made, numbers = [], itertools.count()
 
-        def make(timeout=30.0):
-            name = f"group-{len(made)}/"
+        def join(timeout):
+            name = f"group-{next(numbers)}/"
             message = wire.ReplicaCommunicator(
                 backend="gloo", first_rank=1, world_size=2, group=name, store_url=url, api_key=KEY, timeout=timeout
             )
             assert replica.post("/communicator", message).status_code == 200
             store = group.HttpStore(url, KEY, name, timeout)
-            made.append(pool.submit(group.join, "gloo", store, 0, 2, timeout, "cpu").result(60))
-            return made[-1]
+            return pool.submit(group.join, "gloo", store, 0, 2, timeout, "cpu").result(60)
+
+        def make(timeout=30.0):
+            for _ in range(5):  # on a busy machine they may miss each other, if the timeout is short
+                with contextlib.suppress(group.GroupError):
+                    made.append(join(timeout))
+                    return made[-1]
+            pytest.fail("the group's members have missed each other five times")
 
         yield make
         assert replica.post("/communicator", method="DELETE").status_code == 200
@@ -337,10 +350,11 @@ def test_a_trainer_that_does_not_send_leaves_the_old_weights(replica, model, tra
 
 
 def test_a_client_that_goes_away_takes_its_requests_along(replica):
-    message = wire.GenerateMessage(prompts=[prompt(p, n=8) for p in PROMPTS], sampling=wire.SamplingMessage(**LONG))
+    # More than a minute of work.
+    message = wire.GenerateMessage(prompts=[prompt(p, n=1000) for p in PROMPTS], sampling=wire.SamplingMessage(**LONG))
     with replica.streaming(message):
-        until(lambda: replica.info().running == 32, 30)
-    until(lambda: replica.info().running == 0, 2)
+        until(lambda: replica.info().running > 0, 60)
+    until(lambda: replica.info().running == 0, 30)
 
 
 def test_openai_clients_are_served(replica):
@@ -373,13 +387,12 @@ def test_the_prefix_cache_can_be_emptied(replica):
 
 
 def test_sigterm_ends_it_while_it_generates(replica):
-    message = wire.GenerateMessage(prompts=[prompt(p, n=500) for p in PROMPTS], sampling=wire.SamplingMessage(**LONG))
+    # More than a minute of work.
+    message = wire.GenerateMessage(prompts=[prompt(p, n=2000) for p in PROMPTS], sampling=wire.SamplingMessage(**LONG))
     with replica.streaming(message) as frames:
         next(frames)
-        begin = time.monotonic()
         replica.process.send_signal(signal.SIGTERM)
-        replica.process.wait(10)
-        assert time.monotonic() - begin < 8
+        replica.process.wait(60)
         with pytest.raises(Exception, match=r"cut off|incomplete|peer closed|engine"):
             list(frames)
 
@@ -398,13 +411,17 @@ class Beside:
 
         self._thread = threading.Thread(target=run)
 
+    @property
+    def done(self):
+        return not self._thread.is_alive()
+
     def __enter__(self):
         self._thread.start()
         return self
 
     def __exit__(self, kind, error, trace):
-        self._thread.join(60)
+        self._thread.join(120)
         if error is None:
-            assert not self._thread.is_alive()
+            assert self.done
             if self._error is not None:
                 raise self._error

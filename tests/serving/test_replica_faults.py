@@ -65,7 +65,7 @@ class Parts:
         """Wait until something is sampled."""
         from slipstream.vllm_compat.async_engine import tokens_so_far
 
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not any((await tokens_so_far(self.engine)).values()):
                 await asyncio.sleep(0.005)
 
@@ -98,13 +98,19 @@ def test_an_update_in_flight_and_failures_in_the_order_of_their_severity(parts, 
         steady = parts.engine.engine_core._core.scheduler.schedule.__self__
         states = parts.engine.output_processor.request_states
         old, new = (engines.step(engines.policy(tiny_model), seed=seed, scale=0.05) for seed in (1, 2))
-        await parts.push(1, old)
-        running = asyncio.create_task(parts.generate(LONG, *(prompt(p, n=4, seed=3) for p in PROMPTS)))
-        async with asyncio.timeout(30):
-            while (batch := steady.batch) is None or batch.count.sum() < 80:
-                await asyncio.sleep(0)
-        await parts.engine.pause_generation(mode="keep")
-        counts = set((await tokens_so_far(parts.engine)).values())
+        for _ in range(5):  # on a busy machine some may have ended before the engine is paused: that shows nothing
+            await parts.push(1, old)
+            running = asyncio.create_task(parts.generate(LONG, *(prompt(p, n=4, seed=3) for p in PROMPTS)))
+            async with asyncio.timeout(60):
+                while ((batch := steady.batch) is None or batch.count.sum() < 80) and not running.done():
+                    await asyncio.sleep(0)
+            await parts.engine.pause_generation(mode="keep")
+            unfinished = await tokens_so_far(parts.engine)
+            if len(unfinished) == 8:
+                break
+            await parts.engine.resume_generation()
+            await running
+        counts = set(unfinished.values())
         assert min(counts) > max(state.detokenizer.num_output_tokens() for state in states.values())
         await parts.push(2, new)
         for ids, group in zip(PROMPTS, await running, strict=True):
@@ -138,7 +144,7 @@ def test_an_update_in_flight_and_failures_in_the_order_of_their_severity(parts, 
 
     async def a_load_that_fails_half_way():
         model = engines.step(engines.policy(tiny_model), seed=1)
-        running = asyncio.create_task(parts.generate(LONG, prompt(PROMPTS[0], n=4)))
+        running = asyncio.create_task(parts.generate(LONG, prompt(PROMPTS[0], n=64)))
         await parts.sampling()
         await failing_push(model)
         with pytest.raises(wire.StreamError, match="ended a completion of prompt 0 by 'abort'") as lost:
@@ -160,7 +166,7 @@ def test_an_update_in_flight_and_failures_in_the_order_of_their_severity(parts, 
         policy, reference = (engines.step(engines.policy(tiny_model), seed=seed, scale=0.1) for seed in (2, 3))
         await parts.push(3, policy)
         await parts.push(0, reference, reference=True)
-        running = asyncio.create_task(parts.generate(LONG, prompt(PROMPTS[0], n=4, mixture=0.5)))
+        running = asyncio.create_task(parts.generate(LONG, prompt(PROMPTS[0], n=64, mixture=0.5)))
         await parts.sampling()
         await failing_push(reference, reference=True)
         with pytest.raises(wire.StreamError, match="ended a completion of prompt 0 by 'abort'"):
@@ -183,7 +189,7 @@ def test_an_update_in_flight_and_failures_in_the_order_of_their_severity(parts, 
         from vllm.v1.engine.exceptions import EngineDeadError
 
         core = parts.engine.engine_core._core
-        waiting = [asyncio.create_task(parts.generate(LONG, prompt(p, n=4))) for p in PROMPTS]
+        waiting = [asyncio.create_task(parts.generate(LONG, prompt(p, n=64))) for p in PROMPTS]
         await parts.sampling()
         paused = asyncio.create_task(parts.engine.pause_generation(mode="wait"))
 
@@ -191,7 +197,7 @@ def test_an_update_in_flight_and_failures_in_the_order_of_their_severity(parts, 
             raise MemoryError("no memory for a step")
 
         monkeypatch.setattr(core, "step_fn", step)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             for task in waiting:
                 with pytest.raises(wire.StreamError, match="the engine failed: EngineDeadError"):
                     await task
@@ -242,7 +248,7 @@ def test_a_commit_gives_up_before_nobody_waits_for_its_answer(arrived, reason):
         begin = wire.BeginMessage(version=1, tensors=[], mode="wait")
         await weights.begin(wire.ReplicaBegin(transaction=1, update="an update", begin=begin))
         with pytest.raises(Refused, match=rf"{reason} within 0\.8 s, of 1 s .*--update-timeout") as refused:
-            await asyncio.wait_for(weights.commit(wire.ReplicaCommit(transaction=1, checksums=[], timeout=1.0)), 1.0)
+            await asyncio.wait_for(weights.commit(wire.ReplicaCommit(transaction=1, checksums=[], timeout=1.0)), 60)
         assert refused.value.status == 409
         assert (weights.version, engine.resumed) == (0, int(arrived))
 
@@ -281,7 +287,7 @@ def test_a_bucket_that_arrived_changed_names_its_tensors_on_any_device(monkeypat
     receiver._specs, receiver._group = specs, Future()
     receiver._group.set_result(process_group.Group("gloo", 1, 2, torch.device("cpu"), 1.0, None, None))
     receiver._receive()
-    receiver._arriving.result(5)
+    receiver._arriving.result(60)
     assert receiver.arrived([1, 2, 3])
     with pytest.raises(WeightUpdateError, match=r"differs from what was sent \(checksum\): second$"):
         receiver.arrived([1, 9, 3])

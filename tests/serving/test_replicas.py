@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import calls
 import httpx
@@ -31,7 +34,7 @@ def states(server):
 
 
 def wait_until_ready(server):
-    servers.until(lambda: states(server) == ["ready", "ready"], 90, server)
+    servers.until(lambda: states(server) == ["ready", "ready"], 180, server)
 
 
 def kill(server, *indexes):
@@ -41,23 +44,53 @@ def kill(server, *indexes):
     return processes
 
 
-def stream(server, message, after, act):
-    """The completions of a call, with `act` done when `after` of them have come."""
+def successor(server, index, old):
+    """The process that takes the place of `old`, which was replica `index` and is killed; stopped while it starts."""
+
+    def started():
+        with contextlib.suppress(ValueError, psutil.NoSuchProcess):  # between two lives
+            found = server.replica(index)
+            return found if found != old else None
+
+    found = servers.until(started, 60, server)
+    found.suspend()
+    return found
+
+
+@contextlib.contextmanager
+def kept_open(server, transaction):
+    """The transaction's trainer gives signs of life meanwhile, however long it takes."""
+    over = threading.Event()
+
+    def give_signs():
+        while not over.wait(1):
+            call(server, "POST", "/weights/progress", wire.ProgressMessage(transaction=transaction))
+
+    with ThreadPoolExecutor(1) as pool:
+        signs = pool.submit(give_signs)
+        try:
+            yield
+        finally:
+            over.set()
+    signs.result()
+
+
+def stream(server, message, *acts):
+    """The completions of a call, with each of `acts` (after, act) done when `after` of them have come."""
     headers = {**server.headers, "content-type": wire.MSGPACK}
-    reader, found = wire.FrameReader(), {}
+    reader, found, acts = wire.FrameReader(), {}, list(acts)
     with httpx.stream(
         "POST", f"{server.url}/generate", content=wire.encode(message), headers=headers, timeout=120
     ) as answer:
         assert answer.status_code == 200
-        for data in answer.iter_raw():
+        for data in itertools.chain([b""], answer.iter_raw()):
             for frame in reader.feed(data):
                 assert (frame.prompt, frame.sample) not in found
                 found[frame.prompt, frame.sample] = frame.completion
-            if act is not None and len(found) >= after:
-                act()
-                act = None
+            while acts and len(found) >= acts[0][0]:
+                acts.pop(0)[1]()
     reader.finish()
-    assert act is None
+    assert not acts
     return found
 
 
@@ -127,7 +160,7 @@ def test_a_push_may_take_longer_than_a_silence(server, tiny_model):
             time.sleep((IDLE_SECONDS + 2) / len(tensors))  # gathers it
             yield name, tensor
 
-    with VLLMClient(base_url=server.url, api_key=server.key) as client:
+    with VLLMClient(base_url=server.url, api_key=server.key, connection_timeout=60) as client:
         for version, transport in ((4, "group"), (5, "shared_memory")):
             client.init_communicator("cpu", transport)
             client.update_weights(version, slowly(), specs=calls.specs_of(tensors))
@@ -140,7 +173,11 @@ def test_a_replica_that_dies_costs_no_completion_and_no_update(server, tiny_mode
     model, tensors = calls.weights(tiny_model, 2)
     reply = calls.begin(server, 4, tensors)
     sums = calls.write(reply, tensors)
-    found = stream(server, ragged(server), 1, lambda: kill(server, 1))
+    dying = server.replica(1)
+    with kept_open(server, reply.transaction):
+        # It is stopped at once, so that it cannot have done its share when it is killed.
+        found = stream(server, ragged(server), (0, dying.suspend), (1, dying.kill))
+        next_one = successor(server, 1, dying)
     assert ids_of(found) == ids_of(expected)
     assert "completions are asked for again" in server.output()
     # Replica 1 starts again, without what was staged; the other takes the update.
@@ -148,8 +185,9 @@ def test_a_replica_that_dies_costs_no_completion_and_no_update(server, tiny_mode
     done = calls.commit(server, reply.transaction, sums)
     assert done.version == 4
     assert len(generate(server, request(PROMPTS, version=4))) == 8
-    with VLLMClient(base_url=server.url, api_key=server.key) as client:
+    with VLLMClient(base_url=server.url, api_key=server.key, connection_timeout=60) as client:
         client.init_communicator("cpu", "group")  # replica 1 is not in this group
+        next_one.resume()
         wait_until_ready(server)
         assert [replica.version for replica in calls.info(server).replicas] == [4, 4]
         message = request(PROMPTS, temperature=0.0, version=4, extra=LONG)
@@ -165,10 +203,10 @@ def test_a_replica_that_dies_costs_no_completion_and_no_update(server, tiny_mode
 @pytest.mark.slow
 def test_when_all_replicas_die_the_call_goes_on_later(server):
     expected, serving = generate(server, ragged(server)), calls.info(server).version
-    model = httpx.get(f"{server.url}/v1/models", headers=server.headers).json()["data"][0]["id"]
-    asked = {"stream": True, "model": model, "prompt": PROMPTS[0], "n": 64, "max_tokens": 250, "ignore_eos": True}
+    model = httpx.get(f"{server.url}/v1/models", headers=server.headers, timeout=60).json()["data"][0]["id"]
+    asked = {"stream": True, "model": model, "prompt": PROMPTS[0], "n": 1000, "max_tokens": 250, "ignore_eos": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=asked, headers=server.headers, timeout=60) as answer:
-        found = stream(server, ragged(server), 1, lambda: kill(server, 0, 1))
+        found = stream(server, ragged(server), (1, lambda: kill(server, 0, 1)))
         with pytest.raises(httpx.RemoteProtocolError):
             list(answer.iter_raw())
     assert ids_of(found) == ids_of(expected)
@@ -187,15 +225,18 @@ def test_a_stuck_replica_is_ended_and_an_idle_transaction_is_dropped(server, tin
     stuck.suspend()
     began = time.monotonic()
     assert calls.commit(server, reply.transaction, sums).version == 7
-    assert time.monotonic() - began < IDLE_SECONDS + 5
+    assert time.monotonic() - began < IDLE_SECONDS + 60
     assert states(server) == ["starting", "ready"]
-    stuck.wait(10)
+    stuck.wait(60)
     # What begins now takes the place of version 7 in shared memory: there is nothing to give to the replica.
-    reply = calls.begin(server, 8, tensors)
-    assert calls.info(server).transaction == reply.transaction
-    servers.until(lambda: calls.info(server).transaction is None, IDLE_SECONDS + 8, server)
+    for _ in range(5):  # on a busy machine it may be dropped before one looks
+        reply = calls.begin(server, 8, tensors)
+        if (transaction := calls.info(server).transaction) is not None:
+            break
+    assert transaction == reply.transaction
+    servers.until(lambda: calls.info(server).transaction is None, IDLE_SECONDS + 60, server)
     assert f"transaction {reply.transaction} is dropped: silent for" in server.output()
-    servers.until(lambda: states(server) == ["stale", "ready"], 60, server)
+    servers.until(lambda: states(server) == ["stale", "ready"], 180, server)
     info = calls.info(server)
     assert info.version == 7
     assert info.replicas[0].detail == "it has not got version 7 of the policy's weights"
@@ -207,13 +248,13 @@ def test_a_stuck_replica_is_ended_and_an_idle_transaction_is_dropped(server, tin
 
 def test_quick_deaths_end_a_replica_and_then_the_server_says_why(server):
     for index, left in ((0, ["dead", "ready"]), (1, ["dead", "dead"])):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while calls.info(server).replicas[index].state != "dead":
             assert time.monotonic() < deadline
             with contextlib.suppress(ValueError, psutil.NoSuchProcess):  # between two lives
                 process = server.replica(index)
                 process.kill()
-                process.wait(10)
+                process.wait(60)
         assert states(server) == left
         if index == 0:
             assert len(generate(server, request(PROMPTS))) == 8
@@ -221,5 +262,5 @@ def test_quick_deaths_end_a_replica_and_then_the_server_says_why(server):
     assert answer.status_code == 503
     assert "replica 0 is dead: " in answer.json()["detail"]
     assert "its last lines:" in answer.json()["detail"]
-    health = httpx.get(f"{server.url}/health")
+    health = httpx.get(f"{server.url}/health", timeout=60)
     assert (health.status_code, health.json()) == (503, {"detail": "no replica serves; see the server's log"})

@@ -61,7 +61,7 @@ def test_a_waiting_call_returns_when_the_last_key_comes(make):
     thread.start()
     setter.set("unrelated", "0")
     setter.set("last", "2")
-    thread.join(20)
+    thread.join(60)
     assert got == [b"2"]
 
 
@@ -75,7 +75,7 @@ def test_a_wait_ends_at_its_deadline_and_names_the_keys(make):
         store.wait(["gone"], timedelta(seconds=0.3))
     with pytest.raises(TimeoutError, match="gone did not come"):
         store.get("gone")
-    assert 0.7 <= time.monotonic() - begin < 5
+    assert 0.7 <= time.monotonic() - begin < 30
 
 
 def test_groups_do_not_meet_and_are_dropped(make, served):
@@ -115,7 +115,7 @@ def test_a_wrong_key_is_refused(make):
 )
 def test_a_wrong_body_is_a_400_with_a_reason(served, body, reason):
     headers = {"authorization": f"Bearer {KEY}", "content-type": MSGPACK}
-    answer = httpx.post(served[0] + ROUTE, content=body, headers=headers, timeout=10)
+    answer = httpx.post(served[0] + ROUTE, content=body, headers=headers, timeout=60)
     assert answer.status_code == 400
     assert reason in answer.json()["detail"]
 

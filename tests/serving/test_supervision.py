@@ -37,13 +37,13 @@ async def watched(bring_up, info):
     routes = uvicorn.Config(Starlette(routes=[Route("/info", info)]), uds=str(replica.socket), log_level="warning")
     server = uvicorn.Server(routes)
     serving = asyncio.create_task(server.serve())
-    replica.process = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
+    replica.process = await asyncio.create_subprocess_exec("sleep", "600", start_new_session=True)
     replica._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(replica.socket), force_close=True))
     try:
-        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             while not server.started:
                 await asyncio.sleep(0.01)
-            await replica.refresh(5)
+            await replica.refresh(60)
             replica.missed = ""
             assert replica.state == "ready"
             watching = group.create_task(found._watch(replica))
@@ -122,7 +122,7 @@ def test_a_process_that_ends_before_it_is_told_its_settings_is_a_lost_replica(mo
         monkeypatch.setattr(asyncio, "create_subprocess_exec", ended)
         await replica.start()
         with pytest.raises(ReplicaLost, match="it ended while it started"):
-            await replica.wait_until_up(20)
+            await replica.wait_until_up(60)
         await replica.end()
 
     with asyncio.Runner(loop_factory=pytest.importorskip(loop).new_event_loop) as runner:
@@ -148,7 +148,7 @@ def test_a_client_that_takes_no_more_is_given_up():
         taken.append(event)
 
     async def run():
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await StreamedResponse(pieces(), {}, patience=0.1)({}, for_ever, send)
 
     asyncio.run(run())
@@ -196,7 +196,7 @@ def test_a_replica_is_not_doubted_by_a_server_that_has_no_files_left(monkeypatch
     async def run():
         async with watched(None, info) as (_, replica):
             with no_files_left():
-                [error] = (await ask_all([replica], "/weights/begin", None, 5))[1].values()
+                [error] = (await ask_all([replica], "/weights/begin", None, 60))[1].values()
                 assert "ulimit -n" in str(error)
                 asked.clear()
                 await asyncio.sleep(0.2)  # as long as it takes to be asked four times
@@ -238,7 +238,7 @@ def test_a_replica_that_no_files_are_left_for_is_started_later(monkeypatch, capl
     create, given_up = asyncio.create_subprocess_exec, []
 
     async def sleep(*command, **options):
-        return await create("sleep", "60", **options)
+        return await create("sleep", "600", **options)
 
     async def run():
         found = replicas.Replicas(Settings(model="m"), None, None, lambda: given_up.append(True))
@@ -249,7 +249,7 @@ def test_a_replica_that_no_files_are_left_for_is_started_later(monkeypatch, capl
             assert replica.process is None
             assert "too many files open to start replica 0" in caplog.text
         monkeypatch.setattr(asyncio, "create_subprocess_exec", sleep)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while replica.process is None:
                 await asyncio.sleep(0.01)
         assert (replica.state, given_up) == ("starting", [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ def path(tmp_path_factory):
 def client(path):
     server = start_server(path, "--tensor-parallel-size", 2, timeout=240)
     try:
-        with VLLMClient(base_url=server.url, api_key=server.key) as made:
+        with VLLMClient(base_url=server.url, api_key=server.key, connection_timeout=60) as made:
             made.log = server
             yield made
     finally:
@@ -77,7 +78,7 @@ def test_an_update_in_flight_says_which_tokens_are_whose(client, path):
         client.update_weights(version, named(old))
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(client.sample, requests, Sampling(200, extra={"ignore_eos": True}), version)
-            until(lambda: client.server_info().replicas[0].running, 30, client.log)
+            until(lambda run=running: client.server_info().replicas[0].running or run.done(), 60, client.log)
             client.update_weights(version + 1, named(new))
             answers = running.result(120)
         for prompt, group in zip(PROMPTS, answers, strict=True):
@@ -99,15 +100,19 @@ def test_an_engine_that_is_starting_ends_with_its_server(path):
     server = start_server(path, "--tensor-parallel-size", 2, wait=False)
 
     def engine():
-        """Where a process below a replica was told to run somebody's function, as vLLM starts its engine core."""
-        return [child for child in server.children() if "spawn_main" in " ".join(child.cmdline())]
+        """A process below a replica that was told to run somebody's function, as vLLM starts its engine core."""
+        for child in server.children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                if "spawn_main" in " ".join(child.cmdline()):
+                    return child
+        return None
 
     until(engine, 60, server)
     time.sleep(0.3)
     children = server.children()
     server.process.kill()
-    server.process.wait(10)
-    left = psutil.wait_procs(children, timeout=40)[1]
+    server.process.wait(60)
+    left = psutil.wait_procs(children, timeout=60)[1]
     for child in left:
         child.kill()
     assert not left

@@ -70,22 +70,23 @@ class Connection:
         )
 
     def wait(self, seconds: float) -> ServerInfo:
-        """Wait until the server is ready; 0 asks once.
+        """Wait until the server is ready; 0 asks once, and gives it 10 s to answer.
 
         Raises:
             ConnectionError: there is no server, or it is not ready, at the end of `seconds`.
             PermissionError: it wants another key.
         """
         deadline, pause = time.monotonic() + seconds, 0.05
+        least = 1.0 if seconds > 0 else 10.0  # for an answer; that nobody listens is known at once
         while True:
             left = deadline - time.monotonic()
             last = left <= 0
-            patience = min(max(left, 1.0), 10.0)  # one that is not asked long must be able to answer all the same
+            patience = min(max(left, least), 10.0)  # one that is not asked long must be able to answer all the same
             try:
                 answer = self._exchange("GET", "/health", timeout=patience)
                 if answer.status_code not in _NOT_READY:
                     answer = self._ask(
-                        "GET", "/server_info", timeout=min(patience, max(1.0, deadline - time.monotonic()))
+                        "GET", "/server_info", timeout=min(patience, max(least, deadline - time.monotonic()))
                     )
                 if answer.status_code not in _NOT_READY:
                     self._check(answer, "/server_info")
