@@ -167,6 +167,13 @@ class OnlineConfig(TrainingArguments):
         number("repetition_penalty", self.repetition_penalty, above=0)
         one_of("overlong_prompts", self.overlong_prompts, ("error", "skip"))
         number("reward_timeout", self.reward_timeout, above=0)
+        if self.reward_weights is not None:
+            if not isinstance(self.reward_weights, list | tuple):
+                raise ValueError(
+                    f"reward_weights={self.reward_weights!r} is not allowed: it must be a list of numbers."
+                )
+            for i, weight in enumerate(self.reward_weights):
+                number(f"reward_weights[{i}]", weight)
         if self.num_completions_to_print is not None:
             number("num_completions_to_print", self.num_completions_to_print, least=1, integer=True)
         if self.n_gpu > 1:

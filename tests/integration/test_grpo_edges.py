@@ -6,6 +6,7 @@ Transformers generates here: what is tested does not depend on the engine, and t
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from slipstream import GRPOConfig, GRPOTrainer
+from slipstream.commands.outcome import evaluated_last
 from slipstream.generation.sleeping import SleepState
 from slipstream.generation.transformers import TransformersEngine
 from slipstream.modeling.logprobs import PolicyOutput
 from slipstream.records import StepTotals
+from slipstream.trainers import journal
 from slipstream.trainers.metrics import Tally
 
 ROWS = [{"prompt": f"{a}+{b}=", "solution": str(a + b)} for a in range(4) for b in range(4)]
@@ -159,6 +162,14 @@ class TestLoop:
         trainer.train()
         assert history(trainer, "num_input_tokens_seen")[:2] == history(trainer, "num_tokens")
 
+    def test_a_steps_parts_are_no_more_than_the_step(self, tiny_model, tmp_path):
+        trainer = make(tiny_model, tmp_path, num_iterations=4, max_steps=4, logging_steps=4)
+        trainer.train()
+        [entry] = [entry for entry in trainer.state.log_history if "step_time" in entry]
+        parts = {phase: entry[f"time/{phase}"] for phase in ("generate", "score", "train", "sync")}
+        assert all(parts.values()), parts
+        assert sum(parts.values()) <= entry["step_time"], parts
+
     def test_staleness_is_that_of_the_step_that_learns(self, tiny_model, tmp_path):
         trainer = make(tiny_model, tmp_path, max_steps=4, num_iterations=2)
         trainer.train()
@@ -283,6 +294,23 @@ class TestEvaluation:
         assert 0 <= output.metrics["test_reward"] <= 1
         assert output.metrics["test_samples_per_second"] > 0
 
+    def test_no_more_rows_are_sampled_at_a_time_than_in_training(self, tiny_model, tmp_path, monkeypatch):
+        trainer = make(tiny_model, tmp_path, evaluate=ROWS[:5])
+        sample, sizes = trainer.engine._sample, []
+        monkeypatch.setattr(
+            trainer.engine, "_sample", lambda model, rows, *more: sizes.append(len(rows)) or sample(model, rows, *more)
+        )
+        trainer.evaluate()
+        assert sizes == [8, 8, 4]
+
+    def test_a_policy_that_was_not_trained_computes_as_its_reference_does(self, tiny_model, tmp_path):
+        trainer = make(
+            tiny_model, tmp_path, evaluate=ROWS[:4], beta=0.1, bf16=True, use_cpu=True, learning_rate=0.0, max_steps=1
+        )
+        assert trainer.evaluate()["eval_kl"] == 0.0
+        trainer.train()
+        assert trainer.evaluate()["eval_kl"] == 0.0
+
     def test_several_datasets_are_evaluated_each(self, tiny_model, tmp_path):
         args = GRPOConfig(str(tmp_path), report_to=[], disable_tqdm=True, max_completion_length=8, html_report=False)
         datasets = {"low": Dataset.from_list(ROWS[:3]), "high": Dataset.from_list(ROWS[-2:])}
@@ -299,6 +327,19 @@ class TestEvaluation:
         trainer.train()
         best = max(e["eval_reward"] for e in trainer.state.log_history if "eval_reward" in e)
         assert trainer.evaluate()["eval_reward"] == pytest.approx(best)
+
+    def test_weights_of_an_earlier_step_are_evaluated_for_what_the_command_says(self, tiny_model, tmp_path):
+        def falling(completions, trainer_state, **_):
+            return [[0.5, 1.0, 0.25][trainer_state.global_step]] * len(completions)
+
+        trainer = make(
+            tiny_model, tmp_path, evaluate=ROWS[:4], reward=falling, eval_strategy="steps", eval_steps=1,
+            save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="reward",
+        )  # fmt: skip
+        trainer.train()
+        assert (trainer.state.best_global_step, evaluated_last(trainer)) == (1, False)
+        trainer.args.load_best_model_at_end = False
+        assert evaluated_last(trainer)
 
     def test_rows_outside_the_loss_do_not_touch_the_measures(self, tiny_model, tmp_path):
         """Ranks with a row less than others fill up with one that does not count."""
@@ -382,8 +423,34 @@ def test_completions_are_uploaded_where_that_was_asked_for(tiny_model, tmp_path,
             sent.append(("create", repository, options["repo_type"], options["exist_ok"]))
 
         def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, repo_type):
-            sent.append(("upload", repo_id, path_in_repo, path_or_fileobj.read_text().count("\n")))
+            sent.append(("upload", repo_id, path_in_repo, path_or_fileobj.count(b"\n")))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     make(tiny_model, tmp_path, log_completions=True, log_completions_hub_repo="me/data").train()
     assert sent == [("create", "me/data", "dataset", True), ("upload", "me/data", "completions.jsonl", 16)]
+
+
+@pytest.mark.parametrize("way", ["refuses", "is silent"])
+def test_a_hub_that_fails_costs_no_run(tiny_model, tmp_path, monkeypatch, caplog, way):
+    import huggingface_hub
+
+    over = threading.Event()
+
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repository, **options):
+            if way == "is silent":
+                over.wait(60)
+            raise ConnectionError("no Hub here")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(journal, "UPLOAD_SECONDS", 60 if way == "refuses" else 0.1)
+    trainer = make(tiny_model, tmp_path, log_completions=True, log_completions_hub_repo="me/data",
+                   save_strategy="steps", save_steps=1)  # fmt: skip
+    trainer.train()
+    over.set()
+    assert trainer.state.global_step == 2
+    said = "(no Hub here): the run goes on" if way == "refuses" else "has not taken completions.jsonl within 0.1 s"
+    assert said in caplog.text

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from datasets import Dataset
+import torch
+from datasets import Dataset, DatasetDict
 
 from slipstream import GRPOConfig, GRPOTrainer
 
@@ -35,6 +36,38 @@ def test_a_prompt_without_room_for_its_completion_is_named(tiny_model, tmp_path,
     datasets = {"a": Dataset.from_list(SHORT), "b": Dataset.from_list([LONG])}
     with pytest.raises(ValueError, match=r"eval_dataset\['b'\]: 1 of 1 prompts are too long"):
         make(tiny_model, tmp_path, Dataset.from_list(SHORT), datasets, **LIMIT)
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), tuple("abcdefgh")])
+def test_a_dict_of_splits_is_not_rows_to_train_on(tiny_model, tmp_path, splits):
+    rows = DatasetDict({name: Dataset.from_list(SHORT) for name in splits})
+    message = rf"train_dataset is a dict of '{splits[0]}', .*: pass one of them, such as dataset\['{splits[0]}'\]"
+    with pytest.raises(ValueError, match=message):
+        make(str(tmp_path / "no model"), tmp_path, rows)
+    with pytest.raises(ValueError, match="test_dataset is a dict of"):
+        make(tiny_model, tmp_path, SHORT).predict(rows)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vllm_structured_outputs_regex": "[0-9]+"}, "set use_vllm=True"),
+        ({"generation_kwargs": {"no_such_option": 1}}, "no_such_option"),
+        ({"generation_kwargs": {"no_such_option": 1}, "use_vllm": True}, "no_such_option"),
+        ({"use_transformers_continuous_batching": True, "min_p": 0.1}, "min_p and repetition_penalty cannot"),
+    ],
+)
+def test_what_an_engine_cannot_do_shows_before_a_model_loads(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        make(str(tmp_path / "no model"), tmp_path, SHORT, **values)
+
+
+@pytest.mark.parametrize("given", ["bfloat16", torch.bfloat16])
+def test_the_older_name_of_the_dtype(tiny_model, tmp_path, given):
+    trainer = make(str(tiny_model), tmp_path, SHORT, model_init_kwargs={"torch_dtype": given})
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match=r"dtype='float32' and torch_dtype=.*its older name: give one"):
+        make(str(tiny_model), tmp_path, SHORT, model_init_kwargs={"torch_dtype": given, "dtype": "float32"})
 
 
 @pytest.mark.parametrize("kind", [Dataset.from_list, list])

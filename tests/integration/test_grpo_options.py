@@ -5,6 +5,8 @@ transformers generates here: it starts at once, and the options do not care who 
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -75,6 +77,30 @@ def test_the_entropy_mask_keeps_the_asked_share(tiny_model, tmp_path):
     kept = torch.cat([r.extra["entropy_mask"] for r in rollouts])
     assert kept.mean().item() == pytest.approx(0.3, abs=1 / len(kept))
     assert trainer._totals(rollouts).chosen_tokens == kept.sum()
+
+
+def test_the_entropy_that_a_share_of_tokens_reach(tiny_model, tmp_path):
+    trainer = train(tiny_model, tmp_path, top_entropy_quantile=0.25)
+    threshold = trainer._entropy_threshold
+    values = torch.linspace(1, 9, 9)
+    assert threshold([values[5:], values[:5]]).item() == torch.quantile(values, 0.75).item() == 7.0
+    # Rounding puts tokens that are sure a little below 0: they are tokens.
+    sure = torch.tensor([-1e-6] * 6 + [1.0, 2.0])
+    assert threshold([sure]).item() == pytest.approx(torch.quantile(sure, 0.75).item(), rel=1e-6)
+    assert threshold([torch.zeros(2**24 + 1)]).item() == 0
+    assert threshold([]).item() == -math.inf
+
+
+def test_a_step_without_a_token_to_choose_from_learns_nothing(tiny_model, tmp_path):
+    trainer = train(tiny_model, tmp_path, top_entropy_quantile=0.5, mask_truncated_completions=True,
+                    max_completion_length=1, max_steps=2)  # fmt: skip
+    assert trainer.state.global_step == 2
+
+
+def test_a_rollout_may_be_learnt_from_twice_in_a_step(tiny_model, tmp_path):
+    trainer = train(tiny_model, tmp_path, top_entropy_quantile=0.5, num_iterations=2, gradient_accumulation_steps=2,
+                    steps_per_generation=1)  # fmt: skip
+    assert trainer.state.global_step == trainer.args.max_steps
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "luspo", "dr_grpo", "dapo"])

@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 
 from slipstream import GRPOConfig
 from slipstream.commands.loading import load_datasets, load_reward_function
@@ -49,6 +50,11 @@ class TestSettings:
         with pytest.raises(ValueError, match=f"{name}='many' is not allowed: it must be a number"):
             parse_settings(NEEDED | {name: "many"}, GRPOConfig)
 
+    def test_the_runs_own_numbers(self):
+        assert parse_settings(NEEDED | {"lora_dropout": "1e-2"}, GRPOConfig)[0].lora_dropout == 0.01
+        with pytest.raises(ValueError, match="lora_r='sixteen' is not allowed: it must be a number"):
+            parse_settings(NEEDED | {"lora_r": "sixteen"}, GRPOConfig)
+
     def test_a_misspelt_setting_is_named(self):
         with pytest.raises(ValueError, match=r"'num_generation' \(did you mean 'num_generations'\?\)"):
             parse_settings(NEEDED | {"num_generation": 4}, GRPOConfig)
@@ -80,6 +86,22 @@ class TestRewardNames:
         with pytest.raises(ValueError, match="there is no file"):
             load_reward_function(f"{tmp_path}/other.py:good")
 
+    def test_a_file_is_run_once_and_is_a_module(self, tmp_path):
+        file = tmp_path / "mine.py"
+        file.write_text(
+            "from __future__ import annotations\nimport dataclasses, pickle\n"
+            "@dataclasses.dataclass\nclass Seen:\n    calls: int = 0\nseen = Seen()\n"
+            "def one(completions, **_):\n    seen.calls += 1\n    return pickle.loads(pickle.dumps(seen)).calls\n"
+            "def two(completions, **_):\n    return one(completions)\n"
+        )
+        one, two = (load_reward_function(f"{file}:{name}") for name in ("one", "two"))
+        assert (one([]), two([]), one([])) == (1, 2, 3)
+        broken = tmp_path / "broken.py"
+        broken.write_text("1 / 0\n")
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                load_reward_function(f"{broken}:one")
+
     def test_a_module(self):
         assert load_reward_function("json.dumps") is json.dumps
         with pytest.raises(ValueError, match="module json has no function 'reward'"):
@@ -108,6 +130,19 @@ class TestDatasets:
         assert load_datasets(config, evaluates=False)[1] is None
         with pytest.raises(ValueError, match="there is no 'test' split"):
             load_datasets(config, evaluates=True)
+
+    def test_splits_of_different_kinds(self, tmp_path):
+        config = self.write(tmp_path, "train")
+        Dataset.from_list([{"prompt": "parquet"}]).to_parquet(str(tmp_path / "test.parquet"))
+        train, test = load_datasets(config, evaluates=True)
+        assert (train[0]["prompt"], test[0]["prompt"]) == ("train", "parquet")
+
+    def test_a_file_of_another_kind(self, tmp_path):
+        file = tmp_path / "rows.txt"
+        file.write_text("a\n")
+        config = parse_settings(NEEDED | {"dataset_name": str(file)}, GRPOConfig)[0]
+        with pytest.raises(ValueError, match=r"rows\.txt' is a file of an unknown kind: give one that ends in \.jsonl"):
+            load_datasets(config, evaluates=False)
 
 
 class TestConclusion:

@@ -71,6 +71,8 @@ def test_a_config_survives_a_round_trip():
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
         ({"reward_timeout": 0}, "reward_timeout=0 .*> 0"),
         ({"num_completions_to_print": 0}, "num_completions_to_print=0"),
+        ({"reward_weights": 0.5}, "reward_weights=0.5 .*list of numbers"),
+        ({"reward_weights": [1.0, float("nan")]}, r"reward_weights\[1\]=nan .*a number"),
         ({"max_tool_calling_iterations": 0}, "max_tool_calling_iterations=0 .*>= 1"),
         ({"log_completions_hub_repo": "me/data"}, "log_completions_hub_repo='me/data' has nothing to upload"),
         ({"loss_type": "cispo"}, "epsilon_high=None does not go with loss_type='cispo'.*above 1"),

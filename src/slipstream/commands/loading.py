@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,14 +116,28 @@ def _from_file(setting: str, name: str, kind: str) -> Any:
     path, _, wanted = name.rpartition(":")
     if not Path(path).is_file():
         raise ValueError(f"{setting}: {name!r}: there is no file {path}.")
-    spec = importlib.util.spec_from_file_location(f"slipstream_{kind}_{Path(path).stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _module_of(Path(path).resolve())
     if not hasattr(module, wanted):
         raise ValueError(f"{setting}: {name!r}: {path} has no {kind} {wanted!r}.")
     return getattr(module, wanted)
+
+
+def _module_of(path: Path) -> Any:
+    """The module of a file, which is run once: what it loads is there once, whatever of it is asked for."""
+    # Dataclasses and pickle look for it under its name.
+    name = f"slipstream_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def load_datasets(config: RunConfig, *, evaluates: bool) -> tuple[Any, Any]:
@@ -142,6 +158,12 @@ def load_datasets(config: RunConfig, *, evaluates: bool) -> tuple[Any, Any]:
                 f"dataset_name={config.dataset_name!r}: there is no {split!r} split ({split}.jsonl, .json, .csv or "
                 ".parquet). Set dataset_train_split and dataset_test_split, or eval_strategy: 'no'."
             )
+        if found[0].suffix not in FORMATS:
+            raise ValueError(
+                f"dataset_name={config.dataset_name!r} is a file of an unknown kind: give one that ends in "
+                f"{', '.join(FORMATS)}."
+            )
         files[split] = str(found[0])
-    loaded = load_dataset(FORMATS[Path(files[splits[0]]).suffix], data_files=files)
-    return loaded[splits[0]], loaded[splits[1]] if evaluates else None
+    # Each by itself: they may be of different kinds.
+    rows = [load_dataset(FORMATS[Path(f).suffix], data_files=f, split="train") for f in files.values()]
+    return rows[0], rows[1] if evaluates else None

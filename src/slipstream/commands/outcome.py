@@ -30,8 +30,10 @@ BY_A_JUDGE = (
 
 def evaluated_last(trainer: Any) -> bool:
     """Whether the weights as they are now have been evaluated."""
-    evaluations = _evaluations(trainer)
-    return bool(evaluations) and evaluations[-1]["step"] == trainer.state.global_step
+    evaluations, state = _evaluations(trainer), trainer.state
+    if trainer.args.load_best_model_at_end and state.best_global_step not in (None, state.global_step):
+        return False
+    return bool(evaluations) and evaluations[-1]["step"] == state.global_step
 
 
 def conclude(trainer: Any, seconds: float, steps: int) -> None:

@@ -74,6 +74,10 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
         run_config, args = parse_settings(settings, config_class)
         scorer = load_scorer(run_config, trainer_class)
         train, test = load_datasets(run_config, evaluates=args.eval_strategy != "no" or args.eval_on_start)
+        if dry_run:
+            from slipstream.generation.build import check_sampling
+
+            check_sampling(args)
     except (ValueError, NotImplementedError, FileNotFoundError) as error:
         sys.exit(f"slipstream {algorithm}: {error}")
     if dry_run:
@@ -159,10 +163,14 @@ def _value(name: str, text: str) -> Any:
 
 def parse_settings(settings: dict[str, Any], config_class: Any) -> tuple[RunConfig, Any]:
     """Split settings into the run's and the trainer's; numbers in YAML such as 1e-5 (a string there) are converted."""
-    run_fields = {f.name for f in dataclasses.fields(RunConfig)}
+    run_fields = {f.name: f for f in dataclasses.fields(RunConfig)}
     trainer_fields = {f.name: f for f in dataclasses.fields(config_class) if f.init}
     known_names("settings", settings, [*run_fields, *trainer_fields])
-    own = {name: value for name, value in settings.items() if name in run_fields}
+    own = {
+        name: _as_declared(name, value, str(run_fields[name].type))
+        for name, value in settings.items()
+        if name in run_fields
+    }
     if isinstance(own.get("reward_funcs"), str):
         own["reward_funcs"] = [own["reward_funcs"]]
     run_config = RunConfig(**own)

@@ -39,6 +39,7 @@ def build_engine(
             adapter off, for instance). Needed if requests will have a mixture above 0; an engine that holds weights of
             its own takes the reference's by `update_reference`. None: no reference.
     """
+    assert config.steps_per_generation is not None
     if not config.use_vllm:
         from slipstream.generation.transformers import TransformersEngine
 
@@ -47,6 +48,8 @@ def build_engine(
             pad_token_id=pad_token_id,
             eos_token_ids=sorted(eos_token_ids),
             seed=config.seed + rank,
+            # An evaluation samples more rows than a training step: no more of them at a time.
+            batch_size=config.micro_batch_rows * config.steps_per_generation,
             continuous_batching=_continuous_batching(config),
             reference=reference,
         )
@@ -62,7 +65,6 @@ def build_engine(
         )
     from slipstream.generation.colocate import ColocateEngine
 
-    assert config.steps_per_generation is not None
     options: dict[str, Any] = dict(config.vllm_engine_kwargs or {})  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(prefix="slipstream-") as folder:
         if isinstance(model, str):
@@ -86,6 +88,22 @@ def build_engine(
             reference=reference is not None,
             engine_kwargs=options,
         )
+
+
+def check_sampling(config: OnlineConfig) -> None:
+    """Raise ValueError where the engine that `config` asks for would refuse to sample as it says.
+
+    A server's engine is asked with the first prompts, since vLLM need not be installed beside it.
+    """
+    sampling = config.sampling()
+    if not config.use_vllm:
+        from slipstream.generation.transformers import check_sampling as check
+
+        check(sampling, continuous=config.use_transformers_continuous_batching)
+    elif config.vllm_mode == "colocate":
+        from slipstream.generation.vllm_options import check_sampling as check_vllm
+
+        check_vllm(sampling)
 
 
 def _continuous_batching(config: OnlineConfig) -> dict[str, Any] | None:

@@ -77,7 +77,8 @@ class TransformersEngine:
         mixture = mixture_of(requests, has_reference=self._reference is not None)
         if self.version is None:
             raise RuntimeError("generate: no weight version is known yet; call update_weights first")
-        options = _check_extra(sampling)
+        check_sampling(sampling, continuous=self._continuous is not None)
+        options = dict(sampling.extra)
         rows = [list(request.prompt_ids) for request in requests for _ in range(request.n)]
         seed = next((request.seed for request in requests if request.seed is not None), None)
         if seed is None:
@@ -157,11 +158,6 @@ class TransformersEngine:
     ) -> list[Completion]:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        if sampling.min_p or sampling.repetition_penalty != 1:
-            raise ValueError(
-                "min_p and repetition_penalty cannot be used with use_transformers_continuous_batching=True: set "
-                "min_p=None and repetition_penalty=1.0, or switch it off."
-            )
         filters = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         config = GenerationConfig(
             max_new_tokens=sampling.max_tokens,
@@ -222,11 +218,16 @@ class TransformersEngine:
         self.version = None
 
 
-def _check_extra(sampling: Sampling) -> dict[str, Any]:
+def check_sampling(sampling: Sampling, *, continuous: bool) -> None:
+    """Raise ValueError if transformers' generation (or its continuous batching) cannot sample so."""
     from transformers import GenerationConfig
 
+    if continuous and (sampling.min_p or sampling.repetition_penalty != 1):
+        raise ValueError(
+            "min_p and repetition_penalty cannot be used with use_transformers_continuous_batching=True: set "
+            "min_p=None and repetition_penalty=1.0, or switch it off."
+        )
     if sampling.regex is not None:
         raise ValueError("a regular expression for completions needs vLLM's structured outputs: set use_vllm=True")
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     check_names("generation_kwargs", sampling.extra, known, _OWN_OPTIONS)
-    return dict(sampling.extra)

@@ -15,7 +15,7 @@ from transformers.trainer_utils import TrainOutput
 
 from slipstream import vllm_compat
 from slipstream.config import OnlineConfig
-from slipstream.generation.build import build_engine
+from slipstream.generation.build import build_engine, check_sampling
 from slipstream.lifetime import end_after_gloo
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.reward_models import load_reward
@@ -71,7 +71,7 @@ class OnlineTrainer(Evaluating):
     ) -> None:
         model = str(model) if isinstance(model, os.PathLike) else model
         args = self._checked_args(args, model)
-        inputs.check_datasets("train_dataset", train_dataset)
+        inputs.check_dataset("train_dataset", train_dataset)
         inputs.check_datasets("eval_dataset", eval_dataset)
         functions, tokenizers = inputs.reward_lists(reward_funcs, reward_processing_classes, args, self.judge)
         loading.check_adapter(model, peft_config)
@@ -79,6 +79,7 @@ class OnlineTrainer(Evaluating):
             self._make_sampler(args, len(train_dataset))  # complains about too few rows before anything is read
         if args.use_vllm and args.vllm_mode == "colocate":
             vllm_compat.load()  # complains about a missing or unknown vLLM before a model is read
+        check_sampling(args)
 
         tokenizer = loading.load_tokenizer(processing_class, model, args)
         self.renderer = PromptRenderer(loading.text_tokenizer(tokenizer), args.chat_template_kwargs)  # type: ignore[arg-type]
@@ -220,7 +221,9 @@ class OnlineTrainer(Evaluating):
 
     def _finish_step(self, metrics: dict[str, float]) -> None:
         metrics["step_time"] = time.perf_counter() - self._step_started
-        metrics |= {f"time/{phase}": seconds for phase, seconds in self.clock.flush().items()}
+        # What a step did not have took 0 s of it: not all sample.
+        seconds = dict.fromkeys(("generate", "score", "train", "sync", *(["wait"] if self._sleeps else [])), 0.0)
+        metrics |= {f"time/{phase}": took for phase, took in (seconds | self.clock.flush()).items()}
         if torch.cuda.is_available():
             metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self.metrics.add(metrics)

@@ -60,14 +60,24 @@ class EntropyTrainer(PolicyGradientTrainer):
                 [r.extra["entropies"][kept] for r, kept in zip(rollouts, masks, strict=True)]
             )
             for rollout in rollouts:
-                rollout.extra["entropy_mask"] = (rollout.extra.pop("entropies") >= threshold).float()
+                rollout.extra["entropy_mask"] = (rollout.extra["entropies"] >= threshold).float()
+            for rollout in rollouts:  # one that is learnt from twice in a step is there twice
+                rollout.extra.pop("entropies", None)
 
     def _entropy_threshold(self, entropies: Sequence[Tensor]) -> Tensor:
-        """The entropy that a share of `top_entropy_quantile` of all ranks' tokens reach."""
-        device = self.accelerator.device
-        own = torch.cat([*entropies, torch.empty(0, device=device)]).unsqueeze(0)
-        every = self.accelerator.gather(self.accelerator.pad_across_processes(own, dim=1, pad_index=-1)).flatten()
-        return torch.quantile(every[every >= 0], 1 - self.args.top_entropy_quantile)
+        """The entropy that a share of `top_entropy_quantile` of all ranks' tokens reach; -inf where there is none."""
+        accelerator, nothing = self.accelerator, -math.inf
+        own = torch.cat([*entropies, torch.empty(0, device=accelerator.device)]).unsqueeze(0)
+        # No number pads them that a token may have: rounding puts the entropy of a sure one a little below 0.
+        padded = accelerator.pad_across_processes(own, dim=1, pad_index=nothing)
+        every = accelerator.gather(padded).flatten()
+        ordered = every[every > nothing].sort().values
+        if not len(ordered):
+            return torch.tensor(nothing, device=accelerator.device)
+        # torch.quantile refuses more than 2**24 values.
+        place = (1 - self.args.top_entropy_quantile) * (len(ordered) - 1)
+        below = int(place)
+        return torch.lerp(ordered[below], ordered[min(below + 1, len(ordered) - 1)], place - below)
 
     def scoring_options(self) -> dict[str, Any]:
         """What the loss needs of a forward pass."""

@@ -60,18 +60,28 @@ def first(batch: list[Any]) -> Any:
 
 
 def check_datasets(name: str, dataset: Any) -> None:
-    """Raise an error unless `dataset` is None, rows with a prompt that can be read by position, or a dict of such.
+    """Raise an error unless `dataset` is what `check_dataset` lets pass, or a dict of such."""
+    if isinstance(dataset, dict):
+        for key, one in dataset.items():
+            check_dataset(f"{name}[{key!r}]", one)
+        return
+    check_dataset(name, dataset)
+
+
+def check_dataset(name: str, dataset: Any) -> None:
+    """Raise an error unless `dataset` is None or rows with a prompt that can be read by position.
 
     Raises:
         NotImplementedError: It has prompts with images, which the model would not see.
         ValueError: It is anything else.
     """
-    if isinstance(dataset, dict):
-        for key, one in dataset.items():
-            check_datasets(f"{name}[{key!r}]", one)
-        return
     if dataset is None:
         return
+    if isinstance(dataset, dict):
+        raise ValueError(
+            f"{name} is a dict of {', '.join(map(repr, dataset))}: pass one of them, such as "
+            f"dataset[{next(iter(dataset), 'train')!r}]."
+        )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(
             f"{name} is a {type(dataset).__name__}, which cannot be read by position: streaming datasets are not "
@@ -97,6 +107,10 @@ def reward_lists(
 ) -> tuple[list[Any], list[Any]]:
     """`reward_funcs` and `reward_processing_classes` as lists of the same length; empty ones where a judge compares."""
     if judge is not None:
+        if args.reward_weights is not None:
+            raise ValueError(
+                f"reward_weights={args.reward_weights!r} changes nothing where a judge compares: leave it out."
+            )
         return [], []
     functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     if reward_funcs is None or not functions:

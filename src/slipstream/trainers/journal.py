@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from slipstream.config import OnlineConfig
 from slipstream.records import Rollout
 from slipstream.reporting import CompletionLog, CompletionRow, ProgressReporter, completions_table, write_report
 
+logger = logging.getLogger(__name__)
+# For an upload to the Hub that is under way when training ends; its client itself waits for ever.
+UPLOAD_SECONDS = 60.0
 # Rows kept of one generation batch or evaluation: enough to read, little enough for a long run's disk.
 KEPT_ROWS = 64
 
@@ -41,6 +46,7 @@ class Journal(TrainerCallback):
         self.folder = Path(args.output_dir or ".")
         self.log = CompletionLog(self.folder / "completions.jsonl")
         self.rows: list[CompletionRow] = []
+        self._uploading: threading.Thread | None = None
 
     def take(self, rollouts: Sequence[Rollout], step: int, mode: Any, extra: dict[str, list[Any]]) -> None:
         """Note the rollouts of a generation batch (in place of the one before) or of an evaluation."""
@@ -100,24 +106,49 @@ class Journal(TrainerCallback):
         """Write the report, also when training is stopped early."""
         if self.args.html_report:
             self.write(state.log_history)
+        self._wait_for_upload()
         self.upload()
+        self._wait_for_upload()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Upload the completions beside each checkpoint, if that was asked for."""
+        """Upload the completions beside each checkpoint, if that was asked for and the last upload has ended."""
         self.upload()
 
     def upload(self) -> None:
-        """Send `completions.jsonl` to the dataset repository `log_completions_hub_repo`, which is made if needed."""
+        """Send `completions.jsonl` to the dataset repository `log_completions_hub_repo`, which is made if needed.
+
+        In a thread of its own: the run neither waits for the Hub nor ends where that fails, which is a warning.
+        """
         repository = self.args.log_completions_hub_repo
-        if repository is None or not self.log.path.exists():
+        if repository is None or not self.log.path.exists() or (self._uploading and self._uploading.is_alive()):
             return
+        content = self.log.path.read_bytes()  # as it is now: the run goes on writing
+        self._uploading = threading.Thread(target=self._upload, args=(repository, content), daemon=True)
+        self._uploading.start()
+
+    def _upload(self, repository: str, content: bytes) -> None:
         from huggingface_hub import HfApi
 
-        hub = HfApi(token=self.args.hub_token)
-        hub.create_repo(repository, repo_type="dataset", private=self.args.hub_private_repo, exist_ok=True)
-        hub.upload_file(
-            path_or_fileobj=self.log.path, path_in_repo=self.log.path.name, repo_id=repository, repo_type="dataset"
-        )
+        name = self.log.path.name
+        try:
+            hub = HfApi(token=self.args.hub_token)
+            hub.create_repo(repository, repo_type="dataset", private=self.args.hub_private_repo, exist_ok=True)
+            hub.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repository, repo_type="dataset")
+        except Exception as error:  # noqa: BLE001, whatever it is, it is no reason to lose a run
+            logger.warning(
+                "%s could not be uploaded to log_completions_hub_repo=%r (%s): the run goes on, and the file is at %s",
+                name, repository, error, self.log.path,
+            )  # fmt: skip
+
+    def _wait_for_upload(self) -> None:
+        if self._uploading is None:
+            return
+        self._uploading.join(UPLOAD_SECONDS)
+        if self._uploading.is_alive():
+            logger.warning(
+                "the Hub has not taken %s within %g s: it is given up, and the file is at %s",
+                self.log.path.name, UPLOAD_SECONDS, self.log.path,
+            )  # fmt: skip
 
     def write(self, history: list[dict[str, Any]], summary: dict[str, Any] | None = None) -> Path:
         """Write `report.html` from what has been logged so far."""

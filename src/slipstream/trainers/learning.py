@@ -177,7 +177,10 @@ class Learning(SlotLoop):
     def _score_tokens(self, model: nn.Module, batch: MicroBatch, **options: Any) -> PolicyOutput:
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         temperature = self.args.temperature if self.score_temperature is None else self.score_temperature
-        return score_tokens(model, head, batch, temperature=temperature, **options)
+        # Accelerate lets a model that it has prepared compute in mixed precision, which the policy is not until it is
+        # trained; it may be evaluated before, beside a reference and an engine that do.
+        with contextlib.nullcontext() if torch.is_grad_enabled() else self.accelerator.autocast():
+            return score_tokens(model, head, batch, temperature=temperature, **options)
 
     def _totals(self, rollouts: Sequence[Rollout], counted: int | None = None) -> StepTotals:
         kept = [r for r in rollouts if r.in_loss]

@@ -34,6 +34,12 @@ def load_policy(model: str | nn.Module, config: OnlineConfig, quantization_confi
         return model
     from transformers import AutoModelForCausalLM
 
+    if "torch_dtype" in options:  # the older name; given beside the other, transformers would pass over it
+        older = options.pop("torch_dtype")
+        if options.setdefault("dtype", older) != older:
+            raise ValueError(
+                f"model_init_kwargs has dtype={options['dtype']!r} and torch_dtype={older!r}, its older name: give one."
+            )
     dtype = options.setdefault("dtype", "float32")
     if isinstance(dtype, str):
         one_of("model_init_kwargs['dtype']", dtype, DTYPES)

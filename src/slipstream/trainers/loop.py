@@ -57,7 +57,7 @@ class SlotLoop(Algorithm):
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """The rows that `predict` is given; it samples and scores them as `evaluate` does."""
-        inputs.check_datasets("test_dataset", test_dataset)
+        inputs.check_dataset("test_dataset", test_dataset)
         return inputs.evaluation_loader(test_dataset)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
