@@ -306,7 +306,23 @@ def test_trls_calls_are_one_update(client, changed):
     assert served(client) == greedy(changed)
 
 
-def test_a_model_is_sent_whole(client, changed):
+def test_weights_that_could_not_be_sent_are_kept_for_the_next_call(client, changed, monkeypatch):
+    client.init_communicator("cpu")
+    for name, tensor in changed.named_parameters():
+        client.update_named_param(name, tensor.data)
+    version = client.server_info().version
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "_next_version", lambda: -1)
+        with pytest.raises(WeightUpdateError):
+            client.reset_prefix_cache()
+    client.reset_prefix_cache()
+    assert client.server_info().version == version + 1
+    client.reset_prefix_cache()
+    assert client.server_info().version == version + 1
+
+
+def test_a_model_is_sent_whole(client, original, changed):
+    client.update_named_param("model.norm.weight", original.model.norm.weight)  # older than what follows
     client.update_model_params(changed)
     client.reset_prefix_cache()
     assert served(client) == greedy(changed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +13,12 @@ from torch import nn
 
 from slipstream.config import OnlineConfig
 from slipstream.generation.engine import Engine
+
+# Arguments of from_pretrained that change how a model is loaded or computes, and not what.
+NEUTRAL_INIT = {
+    "attn_implementation", "dtype", "torch_dtype", "revision", "use_cache", "quantization_config", "device_map",
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "trust_remote_code",
+}  # fmt: skip
 
 
 def build_engine(
@@ -56,6 +63,13 @@ def build_engine(
     if config.vllm_mode == "server":
         from slipstream.generation.server import ServerEngine
 
+        if isinstance(model, str) and (changes := _changes(model, config)):
+            warnings.warn(
+                f"model_init_kwargs gives the model another {', '.join(changes)} than its config.json: start the "
+                "server with the same, by `slipstream vllm-serve --hf-overrides`, or it samples from another model.",
+                UserWarning,
+                stacklevel=2,
+            )
         return ServerEngine(
             config.server_url,
             device=config.device,
@@ -67,7 +81,7 @@ def build_engine(
 
     options: dict[str, Any] = dict(config.vllm_engine_kwargs or {})  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(prefix="slipstream-") as folder:
-        if isinstance(model, str):
+        if isinstance(model, str) and not _changes(model, config):
             source, revision = model, dict(config.model_init_kwargs or {}).get("revision")  # type: ignore[arg-type]
         else:
             # The engine needs the shape alone: its weights arrive from the trainer before the first token.
@@ -88,6 +102,22 @@ def build_engine(
             reference=reference is not None,
             engine_kwargs=options,
         )
+
+
+def _changes(model: str, config: OnlineConfig) -> list[str]:
+    """Settings of the model that `model_init_kwargs` changes: an engine that reads its config.json lacks them."""
+    options: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+    given = [name for name in options if name not in NEUTRAL_INIT]
+    if "config" in given:
+        return ["config"]
+    if not given:
+        return []
+    from transformers import AutoConfig
+
+    saved = AutoConfig.from_pretrained(
+        model, revision=options.get("revision", "main"), trust_remote_code=config.trust_remote_code
+    )
+    return [name for name in given if hasattr(saved, name) and getattr(saved, name) != options[name]]
 
 
 def check_sampling(config: OnlineConfig) -> None:

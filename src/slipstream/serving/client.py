@@ -263,12 +263,16 @@ class VLLMClient:
         from slipstream.weights.export import named_tensors
 
         self.update_weights(self._next_version(), named_tensors(model))
+        self._collected = {}
 
     def reset_prefix_cache(self) -> None:
-        """Send what `update_named_param` has collected as one update; without any, empty the prefix cache."""
-        collected, self._collected = self._collected, {}
-        if collected:
-            self.update_weights(self._next_version(), list(collected.items()))
+        """Send what `update_named_param` has collected as one update; without any, empty the prefix cache.
+
+        Weights that could not be sent are kept for the next call.
+        """
+        if self._collected:
+            self.update_weights(self._next_version(), list(self._collected.items()))
+            self._collected = {}
         else:
             self._connection.call("POST", "/reset_prefix_cache")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from slipstream import vllm_compat
 from slipstream.config import OnlineConfig
 from slipstream.generation.build import build_engine, check_sampling
 from slipstream.lifetime import end_after_gloo
+from slipstream.modeling.rope import original_length, settle_long_rope
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.reward_models import load_reward
 from slipstream.rollouts.rewards import RewardRunner
@@ -24,6 +26,8 @@ from slipstream.rollouts.sampler import Slot
 from slipstream.trainers import checkpoint, inputs, journal, loading
 from slipstream.trainers.evaluating import Evaluating
 from slipstream.trainers.metrics import Clock, Metrics
+
+logger = logging.getLogger(__name__)
 
 
 class OnlineTrainer(Evaluating):
@@ -140,6 +144,8 @@ class OnlineTrainer(Evaluating):
             eos_token_ids=self.eos_ids,
             rank=self.accelerator.process_index,
         )
+        if args.use_vllm:
+            self._settle_long_rope()
         if self._sleeps:
             self.engine.sleep(args.vllm_sleep_level)
         title = (
@@ -148,6 +154,27 @@ class OnlineTrainer(Evaluating):
         self.progress, self.journal = journal.install(self, self.rewards.names, self.renderer.text, title)
         self._resume = checkpoint.Resume(self)
         self.add_callback(self._resume)
+
+    def _settle_long_rope(self) -> None:
+        policy: Any = self.model
+        original = original_length(policy.config.get_text_config())
+        if original is None:
+            return
+        longest = self.engine.max_model_len  # type: ignore[attr-defined]  # engines of vLLM have it
+        if longest > original and self.args.vllm_model_impl == "transformers":
+            raise ValueError(
+                "vllm_model_impl='transformers' lets the rope factors of this model follow the longest of the rows "
+                f"that are computed together, where they may be longer than {original} tokens: set "
+                f"vllm_max_model_length={original}, or vllm_model_impl='vllm'."
+            )
+        settled = [settle_long_rope(model, longest) for model in (self.model, self.reference) if model is not None]
+        if any(settled) and self.args.vllm_max_model_length is None:
+            logger.warning(
+                "the engine's rows may be %d tokens long, so that it and the trainer take the long factors of this "
+                "model's LongRoPE for every row: if prompts and completions are short, give a smaller "
+                "vllm_max_model_length (or --max-model-len of the server)",
+                longest,
+            )
 
     # A run -------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
 from slipstream.config import OnlineConfig
+from slipstream.modeling.rope import original_length
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.rewards import reward_names
 from slipstream.rollouts.sampler import PromptSampler
@@ -138,7 +139,7 @@ def longest_sequence(model: Any, config: OnlineConfig) -> tuple[int, str] | None
     elif config.use_vllm and config.vllm_mode == "server":
         found = [(_server_limit(config), "the server's --max-model-len")]
     else:
-        found = [(_model_limit(model, config), MODEL_LIMIT)]
+        found = _model_limits(model, config)
     found.append((getattr(config, "max_length", None), "max_length"))
     return min(((limit, name) for limit, name in found if limit is not None), default=None)
 
@@ -150,7 +151,7 @@ def _server_limit(config: OnlineConfig) -> int:
         return client.server_info().max_model_len
 
 
-def _model_limit(model: Any, config: OnlineConfig) -> int | None:
+def _model_limits(model: Any, config: OnlineConfig) -> list[tuple[int | None, str]]:
     if isinstance(model, str):
         options: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
         model_config = AutoConfig.from_pretrained(
@@ -158,7 +159,12 @@ def _model_limit(model: Any, config: OnlineConfig) -> int | None:
         )
     else:
         model_config = model.config
-    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    text = model_config.get_text_config()
+    limits = [(getattr(text, "max_position_embeddings", None), MODEL_LIMIT)]
+    if config.use_vllm:
+        # vLLM's own choice where vllm_max_model_length is not given.
+        limits.append((original_length(text), "vllm_max_model_length"))
+    return limits
 
 
 def fitting_rows(
