@@ -130,6 +130,7 @@ class TestPairwise:
         ("OnlineDPO", {"loss_type": "sigmoit"}, "Did you mean 'sigmoid'"),
         ("XPO", {"alpha": -1e-5}, "alpha=-1e-05 .*>= 0"),
         ("NashMD", {"mixture_coef": 1.5}, "mixture_coef=1.5 .*<= 1"),
+        ("NashMD", {"use_transformers_continuous_batching": True}, r"mixture_coef=.* no place to mix logits"),
         ("NashMD", {"mixture_coef": [0.5, 2]}, r"mixture_coef\[1\]=2 .*<= 1"),
     ],
 )

@@ -32,6 +32,12 @@ class NashMDConfig(PairwiseConfig):
     def _check_values(self) -> None:
         super()._check_values()
         self.mixture_coef = schedule.checked("mixture_coef", self.mixture_coef, least=0, most=1)
+        values = self.mixture_coef if isinstance(self.mixture_coef, list) else [self.mixture_coef]
+        if self.use_transformers_continuous_batching and not self.use_vllm and any(0 < value < 1 for value in values):
+            raise ValueError(
+                f"mixture_coef={self.mixture_coef!r} does not go with use_transformers_continuous_batching=True, which "
+                "gives no place to mix logits: switch it off, or set use_vllm=True."
+            )
 
     @property
     def samples_from_reference(self) -> bool:
