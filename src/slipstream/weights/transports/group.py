@@ -182,9 +182,25 @@ def receive(group: Group, specs: Sequence[TensorSpec], device: torch.device | st
 def leave(group: Group) -> None:
     """Leave the group at once: members that wait for this one are told by their connections, or by their deadline."""
     if group.process_group is not None:
-        group.process_group.abort()
-        group.process_group = None  # gloo closes its connections when nothing refers to it
+        if group.backend == "nccl":
+            group.process_group.abort()
+        else:
+            _disconnect(group)
+        group.process_group = None
     group.store.close()
+
+
+def _disconnect(group: Group) -> None:
+    """Close the connections of a gloo group, and fail what waits for them, in this process and in the others.
+
+    Its `abort` does nothing, and its destructor waits for all that is pending, until the group's timeout. But a receive
+    that runs out of time closes all connections of its group. What it asks for is never sent: no member uses `send`.
+    """
+    for rank in range(group.size):
+        if rank != group.rank:
+            with contextlib.suppress(RuntimeError):  # it ran out of time, or this connection was closed already
+                work = group.process_group.recv([torch.empty(1, dtype=torch.uint8)], rank, 0)
+                work.wait(timedelta(milliseconds=1))
 
 
 def _meet(store: HttpStore, rank: int, world_size: int) -> str:
