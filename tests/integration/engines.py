@@ -56,3 +56,25 @@ def prompts(count, length, seed=0):
     """Token ids of random prompts."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(5, 100, (length,), generator=generator).tolist() for _ in range(count)]
+
+
+def gemma():
+    """A tiny Gemma 4 whose layers' outputs are scaled by 0.5 and 2 (buffers), as no engine does of itself."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, global_head_dim=32, hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=128, max_position_embeddings=512, sliding_window=256, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"], pad_token_id=0, bos_token_id=2, eos_token_id=1,
+        architectures=["Gemma4ForCausalLM"],
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Gemma4ForCausalLM(config).float().eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.15)
+    for layer, scalar in zip(model.model.layers, (0.5, 2.0), strict=True):
+        layer.layer_scalar.fill_(scalar)
+    return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import time
@@ -18,8 +19,9 @@ from serving.stores import KEY, store_server
 from slipstream.serving.wire import TensorSpec
 from slipstream.weights.buckets import Inspection, Packer, names_in, specs_of, views
 from slipstream.weights.layout import layout, unsendable
+from slipstream.weights.plan import make_plan
 from slipstream.weights.transports import group, shared_memory
-from slipstream.weights.verify import checksum
+from slipstream.weights.verify import Expectation, checksum
 
 NONCE, OFFSET = bytes(range(32)), 64
 BUCKET = 1024  # in these tests
@@ -35,7 +37,9 @@ def example(seed: int = 0, sizes: tuple[int, ...] = ()) -> list[tuple[str, torch
 
 
 def specs(tensors, dtype: str) -> list[TensorSpec]:
-    return [TensorSpec(name, dtype, tuple(tensor.shape)) for name, tensor in tensors]
+    """What is announced for them in one type, or in all of them by turns (`mixed`)."""
+    dtypes = itertools.cycle(DTYPES if dtype == "mixed" else [dtype])
+    return [TensorSpec(name, next(dtypes), tuple(tensor.shape)) for name, tensor in tensors]
 
 
 def assert_arrived(got, tensors, announced, sums) -> None:
@@ -69,7 +73,7 @@ def shared_file(tmp_path):
             os.unlink(path)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "mixed"])
 def test_shared_memory_carries_every_type_and_shape(shared_file, dtype):
     tensors = example()
     announced = specs(tensors, dtype)
@@ -169,9 +173,64 @@ def test_buckets_put_together_are_the_layout(kinds, lines):
 
 def test_wide_types_are_cast_to_the_engines_and_narrow_ones_are_not():
     tensors = [(dtype, torch.zeros(2, dtype=getattr(torch, dtype))) for dtype in DTYPES]
+    tensors[0] = ("float32", torch.empty(2**22 + 1, device="meta"))
     assert [s.dtype for s in specs_of(tensors, "bfloat16")] == ["bfloat16", "bfloat16", "float16"]
     assert [s.dtype for s in specs_of(tensors, "float32")] == ["float32", "bfloat16", "float16"]
     assert unsendable(specs_of(tensors, "float32")) == ""
+
+
+def test_small_float32_stays_what_it_is_as_long_as_it_adds_little():
+    def announced(*sizes):
+        return [spec.dtype for spec in specs_of([("t", torch.empty(s, device="meta")) for s in sizes], "float16")]
+
+    assert announced(2**22, 2**22 + 1) == ["float32", "float16"]
+    assert announced(3 * 2**20, 2**20, 1, 2**20) == ["float16", "float32", "float32", "float32"]
+    # Routers of a large mixture: 2**27 values of 2**32.
+    assert announced(*[2**21] * 64, *[2**25] * 128) == ["float32"] * 64 + ["float16"] * 128
+
+
+HELD = {"A_log": torch.float32, "router": torch.float32, "norm": torch.bfloat16, "embed": torch.bfloat16}
+MANY = {"A_log": (32,), "router": (4, 96), "norm": (48,), "embed": (64, 48)}
+
+
+def carry(transport, announced, tensors, shared_file, members):
+    """What arrives of `tensors`, through a file, HTTP bodies (by their buckets) or a process group."""
+    if transport == "shared_memory":
+        path = shared_file(announced)
+        with shared_memory.Writer(path, NONCE, OFFSET, announced) as writer:
+            sums = writer.write(tensors)
+        return shared_memory.read(path, OFFSET, announced), sums
+    if transport == "body":
+        packer = Packer(announced, tensors, BUCKET, lambda index: torch.empty(BUCKET, dtype=torch.uint8))
+        memory = torch.cat(list(packer))
+        return views(memory, announced), packer.totals()
+    joined, queue, _ = members(1, announced)
+    sums = group.send(joined, announced, iter(tensors))
+    got, there = queue.get(timeout=60)
+    assert there == sums
+    arrived = [(s.name, torch.frombuffer(bytearray(data), dtype=getattr(torch, s.dtype)).view(s.shape))
+               for s, data in zip(announced, got, strict=True)]  # fmt: skip
+    return arrived, [int(checksum(value)) for _, value in arrived]
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "body", "group"])
+def test_what_an_engine_of_16_bits_holds_in_float32_is_what_was_sent(transport, shared_file, members):
+    """As vLLM holds the decays of state space models, and routers. An engine in the same process is as exact."""
+    engine = {name: torch.full(MANY[name], -7.0, dtype=dtype) for name, dtype in HELD.items()}
+
+    def load(into):
+        return lambda tensors: [into[name].copy_(tensor) for name, tensor in tensors]
+
+    blank = {name: torch.empty_like(parameter, device="meta") for name, parameter in engine.items()}
+    sent = [(name, torch.randn(shape)) for name, shape in MANY.items()]
+    announced = specs_of(sent, "bfloat16")
+    got, sums = carry(transport, announced, sent, shared_file, members)
+    assert_arrived(got, sent, announced, sums)
+    expectation = Expectation(make_plan(blank, load(blank), got), got, engine, [])
+    load(engine)(got)
+    expectation.check(engine)
+    for name, tensor in sent:
+        assert torch.equal(engine[name], tensor.to(HELD[name])), name
 
 
 def test_types_that_cannot_be_sent_are_all_named():
@@ -187,19 +246,28 @@ def test_types_that_cannot_be_sent_are_all_named():
 # Process groups ------------------------------------------------------------------------------------------------------
 
 # Vectors that end before, at and behind a bucket's edge, and one that spans several.
+EXCHANGED = ("mixed", *DTYPES)
 EXCHANGES = [(), (240,), (241,), (256, 256), (1, 255), (2000, 3), (272,)]
 
 
-def worker(rank: int, size: int, url: str, behaviour: str, results, going_on) -> None:
-    """A server's worker, in a process of its own: receives all exchanges, or fails in one of several ways."""
+def worker(rank: int, size: int, url: str, behaviour: str | list[TensorSpec], results, going_on) -> None:
+    """A server's worker, in a process of its own: receives all exchanges, or one of these specs, or fails in a way."""
     group.BUCKET_BYTES["gloo"] = BUCKET
     results.put("started")
     joined = group.join("gloo", group.HttpStore(url, KEY, "g/", 60), rank, size, 120, "cpu")
     if behaviour == "dies":
         os._exit(9)
+    if not isinstance(behaviour, str):
+        got = group.receive(joined, behaviour, "cpu")
+        results.put(([value.view(torch.uint8).numpy().tobytes() for _, value in got.tensors], got.checksums))
+        group.leave(joined)
+        return
+    if behaviour == "leaves":
+        results.put(leave_while_receiving(joined, going_on))
+        return
     try:
         for index, sizes in enumerate(EXCHANGES):
-            announced = specs(example(index, sizes), DTYPES[index % 3])
+            announced = specs(example(index, sizes), EXCHANGED[index % 4])
             if behaviour == "idles":
                 going_on.wait(120)
             got = group.receive(joined, announced, "cpu")
@@ -212,9 +280,25 @@ def worker(rank: int, size: int, url: str, behaviour: str, results, going_on) ->
     group.leave(joined)
 
 
+def leave_while_receiving(joined: group.Group, may_leave) -> tuple[str, float]:
+    """What the receiving came to, and the seconds until both were over."""
+    announced = specs(example(0), "float32")
+    begun = joined.process_group._get_sequence_number_for_group() + -(-layout(announced)[1] // BUCKET)
+    with ThreadPoolExecutor() as pool:
+        receiving = pool.submit(group.receive, joined, announced, "cpu")
+        while joined.process_group._get_sequence_number_for_group() < begun:
+            time.sleep(0.01)
+        assert may_leave.wait(120)
+        time.sleep(0.2)  # for gloo's threads to take what came, and to wait for what did not
+        begin = time.monotonic()
+        group.leave(joined)
+        reason = str(receiving.exception())
+    return reason, time.monotonic() - begin
+
+
 @pytest.fixture
 def members(monkeypatch):
-    """Starts workers and joins them as rank 0: (group, queue of results, event for which those that idle wait)."""
+    """Starts workers and joins them as rank 0: (group, queue of results, event that idle and leaving ones wait for)."""
     monkeypatch.setitem(group.BUCKET_BYTES, "gloo", BUCKET)
     context, processes, groups = multiprocessing.get_context("spawn"), [], []
 
@@ -251,7 +335,7 @@ def test_a_bucket_names_the_tensors_that_reach_into_it():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_values_that_are_not_finite_show_in_any_bucket(dtype, value):
-    announced = [TensorSpec("a", str(dtype).removeprefix("torch."), (64,))]
+    announced = [TensorSpec("a", str(dtype).removeprefix("torch."), (96,))]
     for spoiled in (None, 0, 2):
         looked = Inspection(announced)
         for index in range(3):
@@ -261,9 +345,21 @@ def test_values_that_are_not_finite_show_in_any_bucket(dtype, value):
             looked.look_at(bucket.view(torch.uint8))
         sums, finite = looked.found()
         assert (len(sums), finite) == (3, spoiled is None)
-    mixed = Inspection([*announced, TensorSpec("b", "float64", (64,))])
-    mixed.look_at(torch.zeros(64, dtype=torch.uint8))
-    assert not mixed.found()[1]  # not known
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_show_among_tensors_of_several_types(value):
+    tensors = example(3, (400,))
+    announced = specs(tensors, "mixed")
+    for spoiled, spec in [(None, None), *enumerate(announced)]:
+        sent = [(name, tensor.clone(memory_format=torch.contiguous_format)) for name, tensor in tensors]
+        if spec is not None and sent[spoiled][1].numel():
+            sent[spoiled][1].view(-1)[-1] = value
+        looked = Inspection(announced)
+        # What lies between the tensors are no numbers.
+        for bucket in Packer(announced, sent, 192, lambda index: torch.full((192,), 255, dtype=torch.uint8)):
+            looked.look_at(bucket)
+        assert looked.found()[1] == (spec is None or not sent[spoiled][1].numel())
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -271,7 +367,7 @@ def test_groups_carry_tensors_around_bucket_edges(members, count):
     joined, queue, _ = members(count)
     for index, sizes in enumerate(EXCHANGES):
         tensors = example(index, sizes)
-        announced = specs(tensors, DTYPES[index % 3])
+        announced = specs(tensors, EXCHANGED[index % 4])
         sums = group.send(joined, announced, iter(tensors))
         cast = [t.to(getattr(torch, s.dtype)) for (_, t), s in zip(tensors, announced, strict=True)]
         expected = [int(checksum(t)) for t in cast]
@@ -323,6 +419,25 @@ def test_a_trainer_that_leaves_is_an_error_at_once(members):
     queue.get(timeout=60)
     group.leave(joined)
     assert "rank 1 of 2 waited for the trainer" in queue.get(timeout=60)  # of 120
+
+
+@pytest.mark.parametrize(("count", "sent"), [(1, 0), (1, 1), (3, 1)])
+def test_workers_leave_at_once_while_the_trainer_is_silent(members, count, sent):
+    """The server may have to drop an update whose trainer is alive and stuck, before its first bucket or within."""
+    joined, queue, may_leave = members(count, "leaves")
+    works = [joined.process_group.broadcast(torch.zeros(BUCKET, dtype=torch.uint8), 0) for _ in range(sent)]
+    for work in works:
+        work.wait()
+    may_leave.set()
+    for _ in range(count):
+        reason, seconds = queue.get(timeout=200)
+        assert "waited for the trainer" in reason
+        assert seconds < 20  # of 120
+    begin = time.monotonic()
+    tensors = example(0, (8_000_000,))
+    with pytest.raises(group.GroupError, match="waited for the server's workers"):
+        group.send(joined, specs(tensors, "float32"), tensors)
+    assert time.monotonic() - begin < 20
 
 
 def test_members_that_do_not_come_are_named():

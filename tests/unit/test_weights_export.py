@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from slipstream.trainers.loading import check_adapter
 from slipstream.weights.export import named_tensors, unwrap
 
 
@@ -136,9 +137,23 @@ def test_only_the_active_adapter_counts(untied):
 
 def test_layouts_that_cannot_be_exported_say_so(model, untied):
     peft = pytest.importorskip("peft")
-    for options in ({"target_modules": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}):
+    for options in (
+        {"target_modules": ["embed_tokens"]}, {"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}
+    ):  # fmt: skip
         with pytest.raises(NotImplementedError, match="embeddings are tied"):
             list(named_tensors(lora(copy.deepcopy(model), **options)))
+        # transformers' own integration leaves the model as it is: no model of PEFT's is around it.
+        plain = copy.deepcopy(model)
+        plain.add_adapter(peft.LoraConfig(init_lora_weights=False, **{"target_modules": ["q_proj"]} | options))
+        with pytest.raises(NotImplementedError, match="embeddings are tied"):
+            list(named_tensors(plain))
+    for kind in (peft.PrefixTuningConfig, peft.PromptTuningConfig):
+        config = kind(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        with pytest.raises(NotImplementedError, match=rf"peft_config is a {kind.__name__}: .* use LoRA"):
+            check_adapter(untied, config)
+        prompt = peft.get_peft_model(copy.deepcopy(untied), config)
+        with pytest.raises(NotImplementedError, match=rf"does not know adapters of type {kind.__name__}.*use LoRA"):
+            list(named_tensors(prompt))
     ia3 = peft.get_peft_model(copy.deepcopy(untied), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(NotImplementedError, match=r"self_attn\.k_proj: adapters of type .* Use LoRA"):
         list(named_tensors(ia3))
@@ -165,3 +180,66 @@ def test_names_that_transformers_changed_are_changed_back(tmp_path):
     saved = load_file(tmp_path / "model.safetensors")
     assert any(".experts.3." in name for name in saved)
     assert_same(named_tensors(model), saved)
+
+
+def with_buffers(kind):
+    """A tiny model of this type with buffers that its checkpoints hold, all of them random."""
+    shape = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    shape |= {
+        "glm4_moe": {
+            "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 8, **experts,
+        },
+        "lfm2_moe": {
+            "num_experts": 4, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"],
+            "use_expert_bias": True, **experts,
+        },
+        "gemma4_text": {
+            "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 32,
+            "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "apertus": {"hidden_act": "xielu"},
+    }[kind]  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape), dtype=torch.float32)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(torch.randn_like(buffer))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "buffer"),
+    [
+        ("glm4_moe", "model.layers.1.mlp.gate.e_score_correction_bias"),
+        ("lfm2_moe", "model.layers.1.feed_forward.expert_bias"),
+        ("gemma4_text", "model.layers.1.layer_scalar"),
+        ("apertus", "model.layers.1.mlp.act_fn.beta"),
+    ],
+)
+def test_buffers_that_checkpoints_hold_are_exported(kind, buffer, tmp_path, group):
+    from torch.distributed.fsdp import fully_shard
+
+    model = with_buffers(kind)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert buffer in saved
+    assert_same(named_tensors(model), saved)
+    adapted = lora(copy.deepcopy(model), target_modules=["q_proj"])
+    with adapted.disable_adapter():
+        assert_same(named_tensors(adapted), saved)
+    assert torch.equal(dict(named_tensors(adapted))[buffer], saved[buffer])
+    for layer in model.model.layers:
+        fully_shard(layer)
+    assert_same(named_tensors(fully_shard(model)), saved)
+
+
+def test_a_layer_with_lora_keeps_its_buffers(untied):
+    untied.lm_head.register_buffer("scale", torch.tensor([2.0]))
+    untied.lm_head.register_buffer("table", torch.ones(3), persistent=False)
+    untied.lm_head.register_buffer("count", torch.tensor([2]))
+    exported = dict(named_tensors(lora(untied, target_modules=["lm_head"])))
+    assert torch.equal(exported["lm_head.scale"], torch.tensor([2.0]))
+    assert not exported.keys() & {"lm_head.table", "lm_head.count"}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slipstream.weights.plan import View, WeightUpdateError, make_plan, signature_of
+from slipstream.weights.direct import Copies
+from slipstream.weights.plan import WeightUpdateError, make_plan, signature_of
+from slipstream.weights.recorder import View
 from slipstream.weights.verify import Expectation, Probe, check_finite, checksum
 
 CHECKPOINT = {
@@ -56,10 +58,22 @@ def test_a_rehearsal_finds_where_every_tensor_goes_and_touches_nothing():
     assert all(bool((parameter == -7).all()) for parameter in engine.parameters.values())
     assert plan.signature == signature_of(list(CHECKPOINT.items()))
     found = {region.source: region for region in plan.regions if region.source}
-    assert set(found) == {"q", "k", "up", "embed"}
+    assert set(found) == {"q", "k", "up", "embed", "scale"}
     assert found["k"].target == View((2, 6), (6, 1), 24)
     assert found["up"].origin == View((3, 6), (1, 3), 0)
-    assert sorted(r.parameter for r in plan.regions if r.source is None) == ["norm", "scale"]
+    assert [r.parameter for r in plan.regions if r.source is None] == ["norm"]
+
+
+def test_a_number_that_is_computed_from_a_tensor_is_no_copy_of_it():
+    def doubling(tensors):
+        [(_, tensor)] = tensors
+        parameters["scale"].fill_(2 * tensor.item())
+
+    parameters = {"scale": torch.zeros(1)}
+    plan = make_plan(parameters, doubling, [("scale", torch.ones(1))])
+    assert [(region.parameter, region.source) for region in plan.regions] == [("scale", None)]
+    plan = make_plan(parameters, doubling, [("scale", torch.ones(1, dtype=torch.uint8))])
+    assert [(region.parameter, region.source) for region in plan.regions] == [("scale", None)]
 
 
 @pytest.mark.parametrize(
@@ -133,8 +147,8 @@ def test_what_an_engine_holds_is_compared_bit_by_bit(dtype):
     plan = plan_for(CHECKPOINT)
     engine = Engine(dtype)
     expectation = Expectation(plan, list(CHECKPOINT.items()), engine.parameters, [])
-    assert expectation.unverified == ["norm", "scale"]
-    with pytest.raises(WeightUpdateError, match=r"q \(in qk\), k \(in qk\), up \(in up\), embed \(in embed\)"):
+    assert expectation.unverified == ["norm"]
+    with pytest.raises(WeightUpdateError, match=r"q \(in qk\), k .*, embed \(in embed\), scale \(in scale\)"):
         expectation.check(engine.parameters)
     engine.load(CHECKPOINT.items())
     expectation.check(engine.parameters)
@@ -163,6 +177,95 @@ def test_packed_copies_are_asked_what_they_compute(dtype):
     packed["weight"][5, 5] *= 1.01
     with pytest.raises(WeightUpdateError, match=r"layer \(packed copy\)"):
         expectation.check(engine.parameters)
+
+
+class Layers(torch.nn.Module):
+    """An engine with buffers: `layer.scalar` and `limit` are loaded, `own.table` is not."""
+
+    def __init__(self, device="cpu"):
+        super().__init__()
+        self.layer, self.own = torch.nn.Module(), torch.nn.Module()
+        self.layer.weight = torch.nn.Parameter(torch.full((2, 3), -7.0, device=device))
+        for module, name, shape in ((self, "limit", ()), (self.layer, "scalar", (1,)), (self.own, "table", (3,))):
+            module.register_buffer(name, torch.full(shape, -7.0, device=device))
+
+    @torch.no_grad()
+    def load(self, tensors):
+        for name, tensor in tensors:
+            if name.startswith("own."):
+                raise KeyError(name)
+            (self.get_parameter if name.endswith("weight") else self.get_buffer)(name).copy_(tensor)
+
+
+LAYERS = {"layer.weight": torch.randn(2, 3), "layer.scalar": torch.randn(1), "limit": torch.tensor(float("inf"))}
+
+
+def layers_plan(sent, **options):
+    model = Layers("meta")
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    return make_plan(parameters, model.load, list(sent.items()), buffers, **options)
+
+
+def held(model, plan):
+    return {**dict(model.named_parameters()), **{name: model.get_buffer(name) for name in plan.buffers}}
+
+
+def test_buffers_that_loading_fills_are_part_of_the_plan_and_compared():
+    plan, model = layers_plan(LAYERS), Layers()
+    assert sorted(plan.buffers) == ["layer.scalar", "limit"]
+    assert plan.layouts.keys() == LAYERS.keys()
+    expectation = Expectation(plan, list(LAYERS.items()), held(model, plan), [])
+    assert expectation.unverified == []
+    with pytest.raises(WeightUpdateError, match=r"what was sent: layer.weight .*, layer\.scalar .*, limit "):
+        expectation.check(held(model, plan))
+    model.load(LAYERS.items())
+    expectation.check(held(model, plan))
+    model.layer.scalar += 1
+    with pytest.raises(WeightUpdateError, match=r"differs from what was sent: layer\.scalar \(in layer\.scalar\)$"):
+        expectation.check(held(model, plan))
+
+
+@pytest.mark.parametrize("lacking", ["layer.scalar", "limit"])
+def test_a_buffer_that_loading_would_fill_is_missing_when_it_is_not_sent(lacking):
+    sent = {name: tensor for name, tensor in LAYERS.items() if name != lacking}
+    with pytest.raises(WeightUpdateError, match=f"the engine is unchanged: missing: {lacking}$"):
+        layers_plan(sent)
+
+
+def test_buffers_that_no_loading_fills_may_stay_unless_they_hold_noise():
+    with pytest.raises(WeightUpdateError, match=r"the engine is unchanged: missing: own\.table$"):
+        layers_plan(LAYERS, noise=True)
+    with pytest.raises(WeightUpdateError, match=r"cannot take 'own\.table' of shape \(3,\)"):
+        layers_plan(LAYERS | {"own.table": torch.zeros(3)})
+
+
+def test_a_buffer_beside_loaded_weights_is_missing_whoever_fills_it():
+    """vLLM's reload gives such a layer new memory, and would leave whatever lies there in what is not loaded."""
+    model = Layers("meta")
+    model.layer.register_buffer("beta", torch.zeros(1, device="meta"))
+
+    def load(tensors):
+        model.load((name, tensor) for name, tensor in tensors if name != "layer.beta")
+
+    parts = dict(model.named_parameters()), load, list(LAYERS.items()), dict(model.named_buffers())
+    with pytest.raises(WeightUpdateError, match=r"the engine is unchanged: missing: layer\.beta$"):
+        make_plan(*parts)
+
+
+def test_buffers_may_be_infinite_but_not_a_number():
+    plan, model = layers_plan(LAYERS), Layers()
+    assert plan.unbounded() == {"layer.scalar", "limit"}
+    copies = Copies(plan, held(model, plan))
+    for wrong in ({"limit": torch.tensor(float("nan"))}, {"layer.weight": torch.full((2, 3), float("inf"))}):
+        sent = list((LAYERS | wrong).items())
+        for check in (
+            lambda sent=sent: Expectation(plan, sent, held(model, plan), []),
+            lambda sent=sent: copies.check(copies.look_at(sent)),
+        ):
+            with pytest.raises(WeightUpdateError, match=f"not finite .* in {next(iter(wrong))}"):
+                check()
+    copies.check(copies.look_at(list(LAYERS.items())))
+    check_finite(list(LAYERS.items()), plan.unbounded())
 
 
 def test_values_that_are_not_finite_are_named():

@@ -11,11 +11,11 @@ from slipstream.generation.engine import EngineLostError, OnFinished, Request, S
 from slipstream.records import Completion
 from slipstream.serving.client import ServerError, VLLMClient
 from slipstream.serving.devices import check_devices_apart, uuid_of
-from slipstream.serving.wire import TensorSpec
-from slipstream.weights.layout import ITEM_BYTES
 
 if TYPE_CHECKING:
     import torch
+
+    from slipstream.serving.wire import TensorSpec
 
 
 class ServerEngine:
@@ -126,11 +126,6 @@ class ServerEngine:
         self.version = None
         self._client.close()
 
-    def _spec(self, name: str, tensor: torch.Tensor) -> TensorSpec:
-        """What is sent for a tensor: the engine's type in the place of its own, unless it is one that is refused."""
-        own = str(tensor.dtype).removeprefix("torch.")
-        return TensorSpec(name, self._dtype if own in ITEM_BYTES else own, tuple(tensor.shape))
-
     def _send(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]], reference: bool) -> SyncReport:
         with self._losing("update_weights"):
             if not self._connected:
@@ -145,11 +140,13 @@ class ServerEngine:
         """
         import torch.distributed as dist
 
+        from slipstream.weights.buckets import specs_of
+
         if iter(tensors) is tensors:  # can be walked through once
             tensors = list(tensors)
         if self._specs is None:
             # The server checks names and shapes before it takes a byte.
-            self._specs = [self._spec(name, tensor) for name, tensor in tensors]
+            self._specs = specs_of(tensors, self._dtype)
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if ranks == 1:
             return self._send(version, tensors, reference)

@@ -244,7 +244,8 @@ class VLLMClient:
             version: Of the new weights.
             tensors: Every weight under its checkpoint name.
             specs: What `tensors` will be, where it is an iterator that must not be held in memory as a whole; their
-                types are what is sent. None: 16-bit types are sent as they are, others in the server's type.
+                types are what is sent. None: 16-bit types and small float32 tensors are sent as they are, others in
+                the server's type.
             mode: "keep" pauses running requests and continues them with the new weights, "wait" finishes them first.
             reference: Whether these are the weights of the reference model.
 

@@ -115,19 +115,21 @@ class Receiver:
     def _receive(self) -> None:
         if self._group is None:
             raise WeightUpdateError("there is no process group; make one with POST /communicator")
-        joined, specs = self._group, self._specs
+        joined, specs, unbounded = self._group, self._specs, self._plans[self._part].unbounded()
 
         def receive() -> Arrived:
             members = joined.result()
             came = group.receive(members, specs, members.device)
-            return Arrived(came.tensors, came.checksums, members.bucket_bytes, finite=came.finite)
+            return Arrived(came.tensors, came.checksums, members.bucket_bytes, finite=came.finite, unbounded=unbounded)
 
         self._arriving, self._through_group = in_background("receive", receive), True
 
     def read(self, path: str, offset: int) -> None:
         """Begin to read the announced tensors from shared memory, where they are complete."""
-        specs = self._specs
-        self._arriving = in_background("read", lambda: Arrived(shared_memory.read(path, offset, specs)))
+        specs, unbounded = self._specs, self._plans[self._part].unbounded()
+        self._arriving = in_background(
+            "read", lambda: Arrived(shared_memory.read(path, offset, specs), unbounded=unbounded)
+        )
         self._through_group = False
 
     def arrived(self, checksums: Sequence[int]) -> bool:
@@ -207,6 +209,7 @@ class Arrived:
         checksums: Of the buckets they came in; None: one of each tensor is computed.
         bucket_bytes: Size of these buckets.
         finite: Whether all values are known to be finite.
+        unbounded: Names of tensors that may hold infinity.
 
     Attributes:
         refusal: What is wrong with values that are not finite; empty if all are. They are looked for here, beside
@@ -220,6 +223,7 @@ class Arrived:
         bucket_bytes: int | None = None,
         *,
         finite: bool = False,
+        unbounded: frozenset[str] = frozenset(),
     ) -> None:
         self.tensors = tensors
         self.bucket_bytes = bucket_bytes
@@ -230,7 +234,7 @@ class Arrived:
         self.refusal = ""
         if not finite:
             try:
-                check_finite(tensors)
+                check_finite(tensors, unbounded)
             except WeightUpdateError as error:
                 self.refusal = str(error)
 

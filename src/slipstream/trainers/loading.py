@@ -100,8 +100,8 @@ def check_adapter(model: str | nn.Module, peft_config: Any) -> None:
     if peft_config.is_prompt_learning:
         # Without vLLM neither: their virtual tokens are logits too many, and their keys and values fit no mask here.
         raise NotImplementedError(
-            f"peft_config is a {type(peft_config).__name__}: adapters that train tokens, or keys and values, before the "
-            "prompt cannot be trained here, and the engine does not know them: use LoRA."
+            f"peft_config is a {type(peft_config).__name__}: adapters that train tokens, or keys and values, before "
+            "the prompt cannot be trained here, and the engine does not know them: use LoRA."
         )
     if hasattr(model, "disable_adapter"):
         raise ValueError("peft_config was given, but the model has an adapter already: pass one or the other.")

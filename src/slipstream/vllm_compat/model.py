@@ -1,11 +1,12 @@
-"""The engine's model: its parameters, loading weights into it, a rehearsal of that, and packed copies of weights."""
+"""The engine's model: its weights, loading them, a rehearsal of that, and packed copies of them."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slipstream.vllm_compat import on_cpu
@@ -19,11 +20,13 @@ def model_of(worker: Any) -> Any:
     return worker.model_runner.get_model()
 
 
-def parameters(worker: Any) -> dict[str, Any]:
-    """A worker's parameters by name, tied ones once."""
+def parameters(worker: Any, buffers: Iterable[str] = ()) -> dict[str, Any]:
+    """A worker's parameters by name, tied ones once, and the buffers of these names."""
+    model = worker.model_runner.get_model()
     found: dict[int, tuple[str, Any]] = {}
-    _walk(worker.model_runner.get_model(), "", found)
-    return {name: parameter.data for name, parameter in found.values()}
+    _walk(model, "", found)
+    held = {name: parameter.data for name, parameter in found.values()}
+    return held | {name: model.get_buffer(name).data for name in buffers}
 
 
 def _walk(module: Any, prefix: str, found: dict[int, tuple[str, Any]]) -> None:
@@ -67,20 +70,36 @@ def load_weights(worker: Any, tensors: Iterable[tuple[str, Any]]) -> None:
         repack_tied_heads(model)
 
 
-@contextlib.contextmanager
-def rehearsal(worker: Any) -> Iterator[tuple[dict[str, Any], Callable[[Iterable[tuple[str, Any]]], Any]]]:
-    """Replace a worker's parameters by tensors without memory, for the time of a `with` block.
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """A model whose tensors have no memory, for as long as `rehearsal` lasts.
 
-    Yields:
-        The parameters by name (tied ones once), with the shapes they have while loading, and the model's loading.
-        The real ones come back at the end, whatever happened to the others.
+    Attributes:
+        parameters: By name (tied ones once), with the shapes they have while loading.
+        buffers: Those that a checkpoint of the model may have, in the same way.
+        noise: Whether these hold noise until an update fills them: vLLM's dummy weights are of buffers, too.
+        load: The model's loading.
+    """
+
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+    noise: bool
+    load: Callable[[Iterable[tuple[str, Any]]], Any]
+
+
+@contextlib.contextmanager
+def rehearsal(worker: Any) -> Iterator[Rehearsal]:
+    """Replace a worker's parameters and buffers by tensors without memory, for the time of a `with` block.
+
+    The real ones come back at the end, whatever happened to the others.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
     from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta, to_meta_tensor
 
     model = worker.model_runner.get_model()
-    names = [name for name, _ in model.named_parameters()]
+    noise = worker.vllm_config.load_config.load_format == "dummy"
+    names, saved = [name for name, _ in model.named_parameters()], _saved_buffers(model, noise)
     kept = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), set(m._non_persistent_buffers_set))
             for m in model.modules()]  # fmt: skip
     try:
@@ -98,8 +117,10 @@ def rehearsal(worker: Any) -> Iterator[tuple[dict[str, Any], Callable[[Iterable[
                         blank.weight_loader = loader
                     tensors[name] = blank
         blanks = {name: model.get_parameter(name) for name in names}
+        # What was made after loading is not there while it lasts.
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
         with set_current_vllm_config(worker.vllm_config):
-            yield blanks, model.load_weights
+            yield Rehearsal(blanks, buffers, noise, model.load_weights)
     finally:
         for module, attributes, own_parameters, buffers, non_persistent in kept:
             module.__dict__.clear()
@@ -108,6 +129,25 @@ def rehearsal(worker: Any) -> Iterator[tuple[dict[str, Any], Callable[[Iterable[
                 current.clear()
                 current.update(before)
             module._non_persistent_buffers_set = non_persistent
+
+
+def _saved_buffers(model: Any, constants: bool) -> set[str]:
+    """Names of the buffers that a checkpoint may have: of floats, which are saved with the model.
+
+    Not those that attention sets after each load, whose names begin with "_". Layers of vLLM's own without any
+    parameter (that scale images, for instance) hold constants, wanted only with `constants`.
+    """
+    found = set()
+    for prefix, module in model.named_modules():
+        own = type(module).__module__.startswith("vllm.model_executor.layers.")
+        if own and not constants and not any(p is not None for p in module._parameters.values()):
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is None or not buffer.is_floating_point() or name.startswith("_"):
+                continue
+            if name not in module._non_persistent_buffers_set:
+                found.add(f"{prefix}.{name}" if prefix else name)
+    return found
 
 
 def packed_layers(worker: Any) -> list[Probe]:
@@ -182,9 +222,9 @@ def _scales_of_attention() -> set[str]:
     return set(vars(layer)) - before
 
 
-def buffers(worker: Any) -> list[Any]:
-    """A worker's buffers: rotary tables, attention's scales and the like, those that are not saved too."""
-    return list(worker.model_runner.get_model().buffers())
+def buffers(worker: Any, but: Collection[str] = ()) -> list[Any]:
+    """A worker's buffers, except `but`: rotary tables, attention's scales and the like, also those not saved."""
+    return [buffer for name, buffer in worker.model_runner.get_model().named_buffers() if name not in but]
 
 
 def forget_model(worker: Any) -> None:

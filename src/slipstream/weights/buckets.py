@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -11,6 +12,8 @@ from slipstream.serving.wire import TensorSpec
 from slipstream.weights.layout import bytes_of, layout
 from slipstream.weights.verify import checksum
 
+_EXACT_VALUES = 1 << 22  # of a tensor that stays float32; and of all of them, if not a share of what is sent
+_EXACT_SHARE = 16
 _ROW = 512  # 64-bit words of a bucket that its checksum takes together
 
 
@@ -29,24 +32,32 @@ def names_in(specs: Sequence[TensorSpec], size: int, index: int) -> list[str]:
 
 
 class Inspection:
-    """Checksums of buckets that arrive, and whether their values are finite, if all are of one type.
+    """Checksums of buckets that arrive, one after the other, and whether their values are finite.
 
     Args:
         specs: Of the tensors in them.
     """
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        dtypes = {spec.dtype for spec in specs}
-        self._dtype: torch.dtype | None = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else None
+        self._runs = _runs(specs)
+        self._at = 0  # of the layout, where the next bucket begins
         self._sums: list[Tensor] = []
         self._largest: list[Tensor] = []
 
     def look_at(self, bucket: Tensor) -> None:
         """Take the next bucket. Nothing waits for the device."""
         self._sums.append(bucket_checksum(bucket))
-        if self._dtype is not None:
-            values = bucket.view(self._dtype)
-            self._largest.append(torch.linalg.vector_norm(values, float("inf"), dtype=torch.float32))
+        at, end = self._at, self._at + len(bucket)
+        values: dict[torch.dtype, list[Tensor]] = {}
+        for begin, stop, dtype in self._runs:
+            if begin < end and stop > at:
+                values.setdefault(dtype, []).append(bucket[max(begin - at, 0) : stop - at].view(dtype))
+        for same in values.values():
+            if len(same) == 1:
+                self._largest.append(torch.linalg.vector_norm(same[0], float("inf"), dtype=torch.float32))
+            else:
+                self._largest += torch._foreach_norm(same, float("inf"), dtype=torch.float32)
+        self._at = end
 
     def found(self) -> tuple[list[int], bool]:
         """The checksums, and whether all values are finite. What lies between tensors may be anything."""
@@ -54,16 +65,51 @@ class Inspection:
         return sums, bool(self._largest) and bool(torch.stack(self._largest).isfinite().all())
 
 
+def _runs(specs: Sequence[TensorSpec]) -> list[tuple[int, int, torch.dtype]]:
+    """Parts of the layout, begin and end in bytes, that can be read as one type."""
+    offsets, total = layout(specs)
+    if len({spec.dtype for spec in specs}) == 1:
+        return [(0, total, getattr(torch, specs[0].dtype))] if total else []
+    runs: list[tuple[int, int, torch.dtype]] = []
+    for spec, begin in zip(specs, offsets, strict=True):
+        dtype, end = getattr(torch, spec.dtype), begin + bytes_of(spec)
+        if runs and runs[-1][1:] == (begin, dtype):
+            runs[-1] = (runs[-1][0], end, dtype)
+        elif end > begin:
+            runs.append((begin, end, dtype))
+    return runs
+
+
 def specs_of(tensors: Iterable[tuple[str, Tensor]], dtype: str) -> list[TensorSpec]:
     """What is sent for `tensors` to an engine that computes in `dtype`.
 
-    Types of 16 bits travel as they are; float32 is cast to `dtype`, which the engine would do otherwise. Others cannot
-    be sent: their specs have them all the same, for the error that names everything that does not fit.
+    Types of 16 bits travel as they are; float32 is cast to `dtype`, which the engine would do otherwise, except where
+    it may hold more (see `_exact`). Others cannot be sent: their specs have them all the same, for the error that names
+    everything that does not fit.
     """
+    own = [TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors]
+    exact = _exact(own)
     return [
-        TensorSpec(name, dtype if t.dtype == torch.float32 else str(t.dtype).removeprefix("torch."), tuple(t.shape))
-        for name, t in tensors
+        TensorSpec(spec.name, dtype if spec.dtype == "float32" and i not in exact else spec.dtype, spec.shape)
+        for i, spec in enumerate(own)
     ]
+
+
+def _exact(specs: Sequence[TensorSpec]) -> set[int]:
+    """Which tensors of float32 stay what they are: some engines of 16 bits hold single weights in float32.
+
+    Those are small (decays of state space models, a mixture's routers and their biases), and which they are the engine
+    alone knows. So the smallest of all stay: up to a size, and as long as they add little to what is sent.
+    """
+    sizes = sorted((math.prod(spec.shape), i) for i, spec in enumerate(specs) if spec.dtype == "float32")
+    left = max(_EXACT_VALUES, sum(size for size, _ in sizes) // _EXACT_SHARE)
+    exact = set()
+    for size, i in sizes:
+        left -= size
+        if left < 0 or size > _EXACT_VALUES:
+            break
+        exact.add(i)
+    return exact
 
 
 def matched(specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[TensorSpec, Tensor]]:

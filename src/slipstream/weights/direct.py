@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slipstream.weights.plan import Plan, Region, WeightUpdateError, some
+from slipstream.weights.plan import Plan, WeightUpdateError, some
+from slipstream.weights.recorder import Region
 from slipstream.weights.verify import BITS, check_finite
 
 logger = logging.getLogger(__name__)
@@ -129,9 +130,11 @@ class Copies:
                 return
             names = list(tensors)
             tensors = {names[i]: tensors[names[i]] for i in bad}
-        check_finite(list(tensors.items()))
+        unbounded = self.plan.unbounded()
+        check_finite(list(tensors.items()), unbounded)
         # In a type of less range, large values become infinite: above all in float16.
-        cast = [(n, t.detach()) for n, t in tensors.items() if self._types[n] not in (t.dtype, torch.float32)]
+        bounded = [(n, t.detach()) for n, t in tensors.items() if n not in unbounded]
+        cast = [(n, t) for n, t in bounded if self._types[n] not in (t.dtype, torch.float32)]
         if cast:
             largest = torch._foreach_norm([tensor for _, tensor in cast], float("inf"))
             fine = torch.stack([m.to(self._types[n]).isfinite() for m, (n, _) in zip(largest, cast, strict=True)])

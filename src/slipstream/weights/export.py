@@ -26,8 +26,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the full value of every weight of `model`, once, as its checkpoint would hold them.
 
-    The model may be compiled, wrapped in DistributedDataParallel, sharded by FSDP2 (each weight is gathered when its
-    turn comes, on all ranks together), and carry LoRA adapters. The active adapters are merged into copies (none within
+    Weights are parameters, and buffers of floating point that are saved with the model (a mixture's
+    `e_score_correction_bias`, Gemma 4's `layer_scalar`), since engines load those, too. The model may be compiled,
+    wrapped in DistributedDataParallel, sharded by FSDP2 (each weight is gathered when its turn comes, on all ranks
+    together), and carry LoRA adapters. The active adapters are merged into copies (none within
     `model.disable_adapter()`): a tensor without adapter is the training weight itself (do not write to it), one with an
     adapter is new. Modules that an adapter replaced (`modules_to_save`) give the replacement. Tied weights come once,
     under the first name.
@@ -39,10 +41,10 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     model = unwrap(model)
     base: Any = model
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        _check_prompt_learning(model)
         base = base.get_base_model()
-    if base is not model:
-        _check_tied_embeddings(base)
-    found: list[tuple[str, nn.Module | nn.Parameter]] = []
+    _check_tied_embeddings(base)  # transformers puts adapters on without a model of PEFT's around it
+    found: list[tuple[str, nn.Module | Tensor]] = []
     _walk(base, "", found)
     tensors = _values(found)
     if _has_renamed_weights(base):
@@ -67,8 +69,8 @@ class Weights:
         return named_tensors(self._model)
 
 
-def _walk(module: nn.Module, prefix: str, found: list[tuple[str, nn.Module | nn.Parameter]]) -> None:
-    """Add name and parameter of each weight inside `module` to `found`, and prefix and layer of each with LoRA.
+def _walk(module: nn.Module, prefix: str, found: list[tuple[str, nn.Module | Tensor]]) -> None:
+    """Add name and tensor of each weight inside `module` to `found`, and prefix and layer of each with LoRA.
 
     A generator within each module would take several times as long for a model of hundreds.
     """
@@ -94,6 +96,10 @@ def _walk(module: nn.Module, prefix: str, found: list[tuple[str, nn.Module | nn.
         if own is not None:
             _check_parameter(prefix + name, own)
             found.append((prefix + name, own))
+    for name, buffer in module._buffers.items():
+        # Others than floats are tables and counters, which an engine makes for itself.
+        if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+            found.append((prefix + name, buffer))
     for name, child in module._modules.items():
         if child is not None:
             _walk(child, prefix if name in _WRAPPED else f"{prefix}{name}.", found)
@@ -107,38 +113,39 @@ def _kinds(kind: type) -> frozenset[str]:
     return frozenset()
 
 
-def _values(found: list[tuple[str, nn.Module | nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
-    """Name and full value of what `_walk` has found, each parameter once."""
+def _values(found: list[tuple[str, nn.Module | Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Name and full value of what `_walk` has found, each tensor once."""
     seen: set[int] = set()
     for name, owner in found:
-        # A merged value is a passing object, whose id may be given to the next one: the parameter is what is seen.
+        # A merged value is a passing object, whose id may be given to the next one: the weight is what is seen.
         parts = _merged(owner, name) if isinstance(owner, nn.Module) else ((name, owner, owner),)
-        for of, parameter, value in parts:
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
+        for of, weight, value in parts:
+            if id(weight) not in seen:
+                seen.add(id(weight))
                 yield of, _full(value)
 
 
 def _merged(layer: Any, prefix: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, parameter, and value with the active adapters' changes added out of place, of the base layer."""
+    """Name, weight, and value with the active adapters' changes added out of place, of the base layer."""
     if type(layer).__name__ == "ParamWrapper":
         raise NotImplementedError(f"{prefix.rstrip('.')}: LoRA on a parameter (target_parameters) cannot be exported")
     trained = layer.lora_embedding_A if len(layer.lora_embedding_A) else layer.lora_A
     active = () if layer.disable_adapters else layer.active_adapters
     adapters = [name for name in active if name in trained and name not in layer.merged_adapters]
-    for name, parameter in layer.get_base_layer().named_parameters():
-        _check_parameter(prefix + name, parameter)
-        value = parameter
+    below: list[tuple[str, Any]] = []
+    _walk(layer.get_base_layer(), "", below)
+    for name, weight in below:
+        value = weight
         with torch.no_grad():
             for adapter in adapters:
                 if name == "weight":
                     if adapter in getattr(layer, "lora_variant", {}):  # DoRA and the like
                         value = layer.lora_variant[adapter].merge_safe(layer, adapter, value.detach().clone())
                     else:
-                        value = (value + layer.get_delta_weight(adapter)).to(parameter.dtype)
+                        value = (value + layer.get_delta_weight(adapter)).to(weight.dtype)
                 elif name == "bias" and layer.lora_bias.get(adapter):
-                    value = (value + layer.lora_B[adapter].bias * layer.scaling[adapter]).to(parameter.dtype)
-        yield prefix + name, parameter, value
+                    value = (value + layer.lora_B[adapter].bias * layer.scaling[adapter]).to(weight.dtype)
+        yield prefix + name, weight, value
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -156,13 +163,25 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         )
 
 
+def _check_prompt_learning(model: Any) -> None:
+    """What such an adapter trains lies before the prompt, outside of the model that the engine has."""
+    adapters = [model.peft_config[name] for name in model.active_adapters if name in model.peft_config]
+    for adapter in adapters:
+        if adapter.is_prompt_learning:
+            raise NotImplementedError(
+                f"the engine does not know adapters of type {type(adapter).__name__}, which train tokens or keys and "
+                "values before the prompt: use LoRA."
+            )
+
+
 def _check_tied_embeddings(base: Any) -> None:
     """An engine has one tensor for tied embeddings, so training must have one as well."""
-    config = getattr(base, "config", None)
-    if config is None or not getattr(config.get_text_config(), "tie_word_embeddings", False):
+    config: Any = getattr(base, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    if not getattr(text, "tie_word_embeddings", False):
         return
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(base, getter)()
+        module = getattr(base, getter, lambda: None)()
         if module is not None and type(module).__module__.startswith("peft."):
             raise NotImplementedError(
                 f"the model's input and output embeddings are tied (tie_word_embeddings), but an adapter "

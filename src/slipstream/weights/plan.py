@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from slipstream.weights.recorder import MARK, Recorder, Region, View
 
 _MOST_REFUSED = 16  # tensors that one error explains; each costs a rehearsal
 
@@ -27,55 +28,30 @@ class WeightUpdateError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """Geometry of a strided view, with its offset counted from the start of the tensor it is a view of."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> View:
-        """The view that `tensor` is of its storage."""
-        return cls(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
-
-    def apply(self, tensor: Tensor) -> Tensor:
-        """The same view of another tensor (of the layout that the plan was made for)."""
-        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A part of an engine parameter, and the part of a sent tensor that fills it.
-
-    Attributes:
-        parameter: Name of the engine's parameter.
-        target: The part of it.
-        source: Name of the sent tensor; None if the values are computed from several, or by more than a copy.
-        origin: The part of the sent tensor (laid out contiguously); None if `source` is.
-    """
-
-    parameter: str
-    target: View
-    source: str | None
-    origin: View | None
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """What one update does to an engine, for tensors of one signature.
 
     Attributes:
         signature: Names and shapes that it holds for.
         regions: Every copy into the engine's parameters.
-        layouts: Size and stride of each parameter as its weights are loaded, by name.
+        layouts: Size and stride of each parameter, and of each of `buffers`, as its weights are loaded, by name.
         zeros: Parameter and part of it that the loading fills with zeros, as where it pads a vocabulary.
+        buffers: Names of the engine's buffers that it fills.
     """
 
     signature: Signature
     regions: tuple[Region, ...]
     layouts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     zeros: tuple[tuple[str, View], ...] = ()
+    buffers: tuple[str, ...] = ()
+
+    def unbounded(self) -> frozenset[str]:
+        """Names of sent tensors that fill buffers alone: those may hold infinity, as a clamp without limits does."""
+        if not self.buffers:
+            return frozenset()
+        own = set(self.buffers)
+        inside = frozenset(r.source for r in self.regions if r.source and r.parameter in own)
+        return inside - {r.source for r in self.regions if r.parameter not in own}
 
 
 def signature_of(tensors: Sequence[tuple[str, Tensor]]) -> Signature:
@@ -87,13 +63,21 @@ def make_plan(
     parameters: dict[str, Tensor],
     load: Callable[[Iterable[tuple[str, Tensor]]], Any],
     tensors: Sequence[tuple[str, Tensor]],
+    buffers: dict[str, Tensor] | None = None,
+    *,
+    noise: bool = False,
 ) -> Plan:
     """Rehearse `load` with tensors of the names and shapes of `tensors`, and check that every parameter is filled once.
+
+    So is every buffer that `load` would fill from a checkpoint that has it, and so must every one be that would
+    otherwise hold no value that anybody chose: a module of which a part is loaded gets new memory for all of it.
 
     Args:
         parameters: The engine's parameters by name, as memory-less tensors (tied ones once): `load` writes into them.
         load: The model's own loading.
         tensors: What is to be sent.
+        buffers: The engine's buffers that a checkpoint may have, in the same way.
+        noise: Whether these hold noise until they are filled.
 
     Raises:
         WeightUpdateError: A name is sent twice, or unknown to the engine; a shape differs; a parameter would get no
@@ -101,23 +85,45 @@ def make_plan(
     """
     twice = sorted(name for name, count in Counter(name for name, _ in tensors).items() if count > 1)
     problems = [f"sent twice: {some(twice)}"] if twice else []
-    recorder, refused, whole = _rehearse(parameters, load, list(dict(tensors).items()))
+    targets = {**(buffers or {}), **parameters}
+    recorder, refused, whole = _rehearse(targets, load, list(dict(tensors).items()))
     if refused:
         more = f" and perhaps others: the first {_MOST_REFUSED} are named" * (len(refused) == _MOST_REFUSED)
         problems.append(f"it cannot take {', '.join(refused.values())}{more}")
+    needed = dict(parameters)
     if whole:
-        problems += _coverage(parameters, recorder, {name for name, _ in tensors} - refused.keys(), refused)
+        filled = {region.parameter for region in recorder.regions}
+        needed |= {n: b for n, b in (buffers or {}).items() if noise or _is_loaded(n, filled, targets, load)}
+        problems += _coverage(needed, recorder, {name for name, _ in tensors} - refused.keys(), refused)
     if problems:
         raise WeightUpdateError("weight update refused, the engine is unchanged: " + "; ".join(problems))
-    layouts = {name: (tuple(p.shape), p.stride()) for name, p in parameters.items()}
-    return Plan(signature_of(tensors), tuple(recorder.regions), layouts, tuple(recorder.zeros))
+    layouts = {name: (tuple(p.shape), p.stride()) for name, p in needed.items()}
+    own = tuple(name for name in needed if name not in parameters)
+    return Plan(signature_of(tensors), tuple(recorder.regions), layouts, tuple(recorder.zeros), own)
+
+
+def _is_loaded(
+    buffer: str,
+    filled: Container[str],
+    targets: dict[str, Tensor],
+    load: Callable[[Iterable[tuple[str, Tensor]]], Any],
+) -> bool:
+    """Whether `load` fills a buffer, its module's other tensors, or the buffer if a tensor of its name comes.
+
+    A model that gives it another name in its checkpoint, or has its own way with it, is taken not to load it.
+    """
+    module = buffer.rpartition(".")[0]
+    if buffer in filled or any(n in filled and n.rpartition(".")[0] == module for n in targets):
+        return True
+    recorder, _, _ = _rehearse(targets, load, [(buffer, targets[buffer])])
+    return any(region.parameter == buffer for region in recorder.regions)
 
 
 def _rehearse(
     parameters: dict[str, Tensor],
     load: Callable[[Iterable[tuple[str, Tensor]]], Any],
     tensors: Sequence[tuple[str, Tensor]],
-) -> tuple[_Recorder, dict[str, str], bool]:
+) -> tuple[Recorder, dict[str, str], bool]:
     """Load without the tensors that loading stops at, found one by one.
 
     Returns:
@@ -126,7 +132,7 @@ def _rehearse(
     refused: dict[str, str] = {}
     while True:
         blanks = [(name, _blank(tensor)) for name, tensor in tensors if name not in refused]
-        recorder = _Recorder(parameters, blanks)
+        recorder = Recorder(parameters, blanks)
         reached, all_read = "none", False
 
         def noting(blanks: list[tuple[str, Tensor]] = blanks) -> Iterable[tuple[str, Tensor]]:
@@ -148,9 +154,7 @@ def _rehearse(
             return recorder, refused, False
 
 
-def _coverage(
-    parameters: dict[str, Tensor], recorder: _Recorder, taken: set[str], refused: Container[str]
-) -> list[str]:
+def _coverage(parameters: dict[str, Tensor], recorder: Recorder, taken: set[str], refused: Container[str]) -> list[str]:
     """What is wrong with the values that parameters get from `taken`. One of a refused name was not forgotten."""
     filled: dict[str, int] = defaultdict(int)
     twice = set()
@@ -180,77 +184,10 @@ def _coverage(
 def _blank(tensor: Tensor) -> Tensor:
     # Loaders read single values with .item(), which a tensor without memory cannot give.
     if tensor.numel() == 1:
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        return torch.full(tensor.shape, MARK if tensor.is_floating_point() else 0, dtype=tensor.dtype)
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def some(names: Sequence[str], most: int = 8) -> str:
     """The first names of a long list, for a message."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-class _Recorder(TorchDispatchMode):
-    """Notes copies into parameters instead of making them, and which sent tensors each value came from."""
-
-    def __init__(self, parameters: dict[str, Tensor], sent: Sequence[tuple[str, Tensor]]) -> None:
-        super().__init__()
-        self.regions: list[Region] = []
-        self.used: set[str] = set()
-        self.zeroed: dict[str, int] = defaultdict(int)
-        self.zeros: list[tuple[str, View]] = []
-        self._targets = {_storage(p): (name, int(p.storage_offset())) for name, p in parameters.items()}
-        self._sent = {_storage(tensor): name for name, tensor in sent}
-        self._origins = {storage: frozenset([name]) for storage, name in self._sent.items()}
-        self._scalar: frozenset[str] = frozenset()
-        self._alive: list[Tensor] = []  # a freed storage's id could be given out again
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aten = torch.ops.aten
-        if func is aten.copy_.default:
-            self._note(args[0], args[1])
-            return args[0]
-        if func in (aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default):
-            self._note_fill(args[0], args[1] if len(args) > 1 else 0)
-            return args[0]
-        if func is aten._local_scalar_dense.default:
-            self._scalar = self._origins.get(_storage(args[0]), frozenset())
-        out = func(*args, **(kwargs or {}))
-        inputs = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        origins = frozenset().union(*(self._origins.get(_storage(t), frozenset()) for t in inputs))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor) and origins:
-                self._alive.append(tensor)
-                self._origins.setdefault(_storage(tensor), origins)
-        return out
-
-    def _note(self, target: Tensor, source: Tensor) -> None:
-        origins = self._origins.get(_storage(source), frozenset())
-        parameter = self._targets.get(_storage(target))
-        if parameter is None:  # a temporary
-            self._alive.append(target)
-            self._origins[_storage(target)] = self._origins.get(_storage(target), frozenset()) | origins
-            return
-        name, start = parameter
-        source.expand(target.shape)  # a real copy would fail on shapes that do not fit
-        self.used |= origins
-        sent = self._sent.get(_storage(source)) if source.numel() == target.numel() else None
-        view = View(tuple(target.shape), target.stride(), int(target.storage_offset()) - start)
-        self.regions.append(Region(name, view, sent, View.of(source) if sent else None))
-
-    def _note_fill(self, target: Tensor, value: Any) -> None:
-        parameter = self._targets.get(_storage(target))
-        if parameter is None:
-            return
-        view = View(tuple(target.shape), target.stride(), int(target.storage_offset()) - parameter[1])
-        if self._scalar:
-            self.regions.append(Region(parameter[0], view, None, None))
-            self.used |= self._scalar
-            self._scalar = frozenset()
-            return
-        self.zeroed[parameter[0]] += target.numel()
-        if not isinstance(value, Tensor) and value == 0:
-            self.zeros.append((parameter[0], view))
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -6,13 +6,14 @@ Everything is collected on the device and read once before a load and once after
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from slipstream.weights.plan import Plan, Region, WeightUpdateError, some
+from slipstream.weights.plan import Plan, WeightUpdateError, some
+from slipstream.weights.recorder import Region
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PROBED_COLUMNS = 8
@@ -120,7 +121,7 @@ class Expectation:
             if value.dtype == torch.float16 != sent[region.source].dtype and region.source not in narrowed:
                 narrowed[region.source] = sent[region.source].detach().abs().max().half()  # large ones become infinite
         unread = [(name, tensor) for name, tensor in tensors if name not in read]
-        check_finite([*multiplied, *narrowed.items(), *unread])
+        check_finite([*multiplied, *narrowed.items(), *unread], plan.unbounded())
 
     def check(self, parameters: dict[str, Tensor]) -> None:
         """Raise WeightUpdateError naming every sent tensor that the engine does not hold as it was sent."""
@@ -146,11 +147,19 @@ class Expectation:
         return True
 
 
-def check_finite(tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise WeightUpdateError if a tensor has a value that is not finite. One transfer a device."""
+def check_finite(tensors: Sequence[tuple[str, Tensor]], unbounded: Container[str] = ()) -> None:
+    """Raise WeightUpdateError if a tensor has a value that is not finite. One transfer a device.
+
+    Args:
+        tensors: By name.
+        unbounded: Names of those that may hold infinity, but no NaN.
+    """
     groups: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors:
-        groups.setdefault(tensor.device, []).append((name, tensor.detach()))
+        values = tensor.detach()
+        if name in unbounded:
+            values = values.nan_to_num(nan=float("nan"), posinf=0.0, neginf=0.0)
+        groups.setdefault(tensor.device, []).append((name, values))
     bad = []
     for group in groups.values():
         # A sum of magnitudes is finite exactly if all values are, far from the largest float.

@@ -57,8 +57,8 @@ def plan_for(worker: Any, tensors: Sequence[tuple[str, Tensor]], plan: Plan | No
     """
     if plan is not None and plan.signature == signature_of(tensors):
         return plan
-    with engine_model.rehearsal(mixture.part(worker, part)) as (parameters, load):
-        return make_plan(parameters, load, tensors)
+    with engine_model.rehearsal(mixture.part(worker, part)) as model:
+        return make_plan(model.parameters, model.load, tensors, model.buffers, noise=model.noise)
 
 
 def update(
@@ -114,7 +114,7 @@ def _load(
 ) -> None:  # fmt: skip
     """Update by the engine's own loading, and compare checksums."""
     probes = engine_model.packed_layers(worker)
-    expectation = Expectation(plan, tensors, engine_model.parameters(worker), probes, finite)
+    expectation = Expectation(plan, tensors, engine_model.parameters(worker, plan.buffers), probes, finite)
     if expectation.unverified and report:
         logger.warning(
             "the engine computes or rearranges %d of its %d parameters while it loads them, so they cannot be compared "
@@ -124,7 +124,7 @@ def _load(
     try:
         engine_model.load_weights(worker, tensors)
         timings.load = clock.lap()
-        expectation.check(engine_model.parameters(worker))
+        expectation.check(engine_model.parameters(worker, plan.buffers))
         timings.verify = clock.lap()
     except Exception as error:
         raise _failed(worker, error) from error
@@ -156,7 +156,7 @@ def _failed(worker: Any, error: Exception) -> LoadFailedError:
 
 def _copies_for(worker: Any, plan: Plan) -> Copies | None:
     """The copies that are an update by `plan`, proven or not; None if it takes more."""
-    model, parameters = engine_model.model_of(worker), engine_model.parameters(worker)
+    model, parameters = engine_model.model_of(worker), engine_model.parameters(worker, plan.buffers)
     known = _copies.get(model)
     if isinstance(known, Copies) and known.fit(plan, parameters):
         return known
@@ -177,11 +177,12 @@ class _Proof:
     def __init__(self, worker: Any, copies: Copies, sent: Sent) -> None:
         self._worker, self._copies, self._sent = worker, copies, sent
         self._changes = bool(copies.differing(sent))  # else a buffer made from weights would not change either
-        self._before = [buffer.clone() for buffer in engine_model.buffers(worker)]
+        # What the plan fills is compared like parameters.
+        self._before = [buffer.clone() for buffer in engine_model.buffers(worker, copies.plan.buffers)]
 
     def finish(self) -> None:
         """Note what was found: proven, no copies, or to be looked at again since the weights were the same."""
-        after = engine_model.buffers(self._worker)
+        after = engine_model.buffers(self._worker, self._copies.plan.buffers)
         kept = len(after) == len(self._before) and all(
             a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
             for a, b in zip(after, self._before, strict=True)
