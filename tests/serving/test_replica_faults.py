@@ -285,6 +285,7 @@ def test_a_bucket_that_arrived_changed_names_its_tensors_on_any_device(monkeypat
     monkeypatch.setattr(process_group, "receive", lambda *arguments: came)
     receiver = Receiver(SimpleNamespace(device=torch.device("cuda")))
     receiver._specs, receiver._group = specs, Future()
+    receiver._plans["policy"] = SimpleNamespace(unbounded=frozenset)
     receiver._group.set_result(process_group.Group("gloo", 1, 2, torch.device("cpu"), 1.0, None, None))
     receiver._receive()
     receiver._arriving.result(60)
