@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 def settle_long_rope(model: nn.Module, longest: int) -> bool:
@@ -25,8 +25,6 @@ def settle_long_rope(model: nn.Module, longest: int) -> bool:
     """
     settled = False
     for module, prefix, layer_type in _long_ropes(model):
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
         parameters = module.config.rope_parameters
         original = (parameters if layer_type is None else parameters[layer_type])["original_max_position_embeddings"]
         if longest <= original:
@@ -36,7 +34,7 @@ def settle_long_rope(model: nn.Module, longest: int) -> bool:
         frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, present.device, seq_len=original + 1, **kwargs)
         setattr(module, f"{prefix}inv_freq", frequencies)
         # Those that it would return to for short rows.
-        setattr(module, f"{prefix}original_inv_freq", torch.clone(frequencies))
+        setattr(module, f"{prefix}original_inv_freq", frequencies.clone())
         settled = True
     return settled
 
