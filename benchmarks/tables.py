@@ -59,12 +59,7 @@ def speed() -> str:
         add(what, f"training_step_h200_{tokens}", "padded rows, whole logits", theirs, ours)
     for file, text in STEPS.items():
         found = results(file)
-        disturbed = file in DISTURBED
-        seconds = {
-            side: min(measured["each_step"]) if disturbed else measured["step_seconds"]
-            for side, measured in found["sides"].items()
-        }
-        text += ", quickest step" if disturbed else ""
+        seconds = {side: measured["step_seconds"] for side, measured in found["sides"].items()}
         add(f"Step of GRPO, {text}, {card(found)}", file, "TRL 1.16", seconds["trl"], seconds["ours"])
         if "liger" in seconds:
             add("The same, both with Liger's kernels", file, "TRL 1.16", seconds["trl-liger"], seconds["liger"])
@@ -115,8 +110,6 @@ STEPS = {
     "step_time_h200_1.5b_512": "1.5B parameters, 512 completions of 512 tokens",
     "step_time_h200_1.5b_1000": "1.5B parameters, 128 completions of 512 tokens, 1000-token prompts",
 }
-DISTURBED = {"step_time_h200_1.5b_1000"}
-"""Others were at work on the machine: the quickest of each side's steps were disturbed least."""
 SIDES = {
     "trl": "TRL 1.16", "trl-liger": "TRL 1.16, Liger", "ours": "**Slipstream**", "liger": "**Slipstream**, Liger",
 }  # fmt: skip

@@ -112,18 +112,22 @@ def test_new_weights_and_sleep(path):
         engine.close()
 
 
-@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
-def test_graphs_of_other_kinds_are_vllms(path, monkeypatch, mode):
-    """Those of whole mixed steps may have room for more tokens than sequences; those of parts have no whole step."""
-    options = {"compilation_config": {"cudagraph_mode": mode}}
-    model, engine, runner = started(path, max_num_seqs=20, engine_kwargs=options)
+def test_graphs_of_parts_are_vllms(path, monkeypatch):
+    model, engine, runner = started(
+        path, max_num_seqs=20, engine_kwargs={"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+    )
     try:
         assert not isinstance(runner, SteadyRunner)
         with monkeypatch.context() as patch:
             patch.setattr(steady_batch.Batch, "of", staticmethod(lambda *args: None))
             expected = ask(engine, BY_GRAPHS["natural"])
         assert ask(engine, BY_GRAPHS["natural"]) == expected
-        if mode == "PIECEWISE":  # vLLM's graphs of whole mixed steps do not sample from the model
-            check_scores(model, expected)
+        check_scores(model, expected)
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("options", [{"cudagraph_mode": "FULL"}, {"splitting_ops": []}], ids=str)
+def test_wrong_graphs_of_whole_steps_are_refused(path, options):
+    with pytest.raises(NotImplementedError, match=r"'FULL', or was made so.* Use 'FULL_AND_PIECEWISE'"):
+        started(path, max_num_seqs=20, engine_kwargs={"compilation_config": options})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from slipstream.vllm_compat import steady_graphs, steady_runner
+from slipstream.vllm_compat.model import check_graphs
 from slipstream.vllm_compat.steady_graphs import Graphs, Wanted
 
 Mode = enum.Enum("Mode", "NONE PIECEWISE FULL")
@@ -80,3 +82,29 @@ def test_a_step_that_was_broken_off_is_not_sampled_later(runner, monkeypatch):
     # What should have come now is `sample_tokens`. An interrupt came instead.
     assert runner.execute_model(SimpleNamespace()) == "vLLM executes"
     assert runner.sample_tokens(None) == "vLLM samples"
+
+
+class Longest(NamedTuple):
+    """The same in later vLLMs."""
+
+    cg_mode: Mode = Mode.FULL
+    uniform_token_count: int | None = None
+    max_query_len: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("graphs", "wrong"),
+    [
+        ([Graph(8, 8), Graph(8, 8, None)], True),
+        ([Graph(8, 8), Graph(8, None, None, Mode.PIECEWISE)], False),
+        ([Longest()], False),
+        ([], False),
+    ],
+)
+def test_graphs_of_whole_steps_that_would_be_wrong_are_refused(graphs, wrong):
+    """vLLM 0.26 records them for runs of a few tokens and replays them with longer ones."""
+    worker = SimpleNamespace(model_runner=SimpleNamespace(cudagraph_manager=SimpleNamespace(graphs=graphs)))
+    told = pytest.raises(NotImplementedError, match="Use 'FULL_AND_PIECEWISE'") if wrong else contextlib.nullcontext()
+    with told:
+        check_graphs(worker)
+    check_graphs(SimpleNamespace(model_runner=SimpleNamespace()))

@@ -79,7 +79,12 @@ class Receiver:
         self._group: Future[Any] | None = None
 
     def device(self) -> str:
-        """UUID of the accelerator; empty on a CPU."""
+        """UUID of the accelerator; empty on a CPU. Asked for when a replica starts.
+
+        Raises:
+            NotImplementedError: The engine's CUDA graphs would give wrong tokens.
+        """
+        engine_model.check_graphs(self._worker)
         device = self._worker.device
         return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from slipstream.vllm_compat import load, on_cpu, steady, worker_in
-from slipstream.vllm_compat.model import check_updatable, forget_model
+from slipstream.vllm_compat.model import check_graphs, check_updatable, forget_model
 from slipstream.vllm_compat.prefix_cache import quicken
 from slipstream.vllm_compat.sampled_logprobs import Recorder
 
@@ -40,7 +40,8 @@ def start(options: dict[str, Any]) -> tuple[Any, bool]:
         It, and whether vLLM had to create the default process group, which then ends with it.
 
     Raises:
-        NotImplementedError: The model has layers whose weights vLLM cannot replace correctly here.
+        NotImplementedError: The model has layers whose weights vLLM cannot replace correctly here, or its CUDA graphs
+            would be wrong.
         RuntimeError: The environment tells vLLM to use a process of its own.
     """
     import torch.distributed as dist
@@ -70,6 +71,7 @@ def start(options: dict[str, Any]) -> tuple[Any, bool]:
     own_group = dist.is_initialized() and not joined
     try:
         check_updatable(worker_of(llm))
+        check_graphs(worker_of(llm))
     except BaseException:
         shut_down(llm, own_group)
         raise
