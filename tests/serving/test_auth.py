@@ -5,10 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import stat
 
 import calls
 import httpx
+import psutil
 import pytest
 import servers
 
@@ -116,6 +118,20 @@ def test_a_key_is_made_and_kept_for_its_user_alone(tiny_model, tmp_path, monkeyp
     finally:
         server.stop()
     assert not path.exists()
+
+
+def test_a_terminal_that_is_closed_leaves_nothing(tiny_model, tmp_path):
+    server = servers.start_server(tiny_model, key=None, env={"XDG_STATE_HOME": str(tmp_path)}, wait=False)
+    [key] = tmp_path.glob("slipstream/*.key")
+    children = servers.until(server.children, 60, server)
+    try:
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.wait(60) == 0
+        assert not psutil.wait_procs(children, timeout=60)[1]
+        assert not key.exists()
+    finally:
+        if server.process.poll() is None:
+            server.stop()
 
 
 def test_the_variable_is_found_first(monkeypatch):

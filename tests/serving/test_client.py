@@ -98,6 +98,11 @@ def test_generate_answers_in_the_shapes_that_trl_users_know(client, original):
     assert served(client) == greedy(original)
 
 
+def test_a_prompt_that_is_no_list_is_not_read_letter_by_letter(client):
+    with pytest.raises(TypeError, match="prompts='two' would be read letter by letter"):
+        client.generate("two")
+
+
 def test_logprobs_are_the_models(client, original):
     answer = client.generate([PROMPTS[0]], temperature=1.0, max_tokens=12)
     [ids] = answer["completion_ids"]

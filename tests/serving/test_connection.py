@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import pytest
 from serving.pretend import answering
@@ -68,6 +71,31 @@ def test_every_call_has_a_deadline():
         assert timeout["connect"] == 30  # a place in the pool is there at once: it has no end
 
 
+@pytest.mark.parametrize("key", ["a-key-that-nobody-may-see\n", "a spaced key", "schlüssel"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(monkeypatch, key):
+    monkeypatch.setenv(auth.VARIABLE, key)
+    for given in (key, None):
+        with pytest.raises(ValueError, match=r"SLIPSTREAM_API_KEY: a key is made of .* no line break") as refused:
+            Connection("http://127.0.0.1:1", given, 10)
+        assert key.strip() not in str(refused.value)
+
+
+@pytest.mark.parametrize(("kind", "body"), [("text/html", b"<html>"), (wire.JSON, b'{"vllm_config": ""}')])
+def test_what_answers_everything_is_no_server_of_ours(kind, body):
+    def answer(handler):
+        handler.send_response(200)
+        handler.send_header("content-type", kind)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    with (
+        answering(answer) as (port, calls),
+        pytest.raises(ConnectionError, match=r"is not a Slipstream server, or one of another version .*vllm-serve"),
+    ):
+        Connection(f"http://127.0.0.1:{port}", "k", 10).wait(60)
+    assert calls == ["GET /health", "GET /server_info"]
+
+
 def test_the_key_of_a_server_that_was_started_again_is_found(monkeypatch, tmp_path):
     monkeypatch.delenv(auth.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
@@ -93,3 +121,35 @@ def test_the_key_of_a_server_that_was_started_again_is_found(monkeypatch, tmp_pa
         for call in verbs(connection).values():
             with pytest.raises(PermissionError, match="SLIPSTREAM_API_KEY"):
                 call()
+
+
+def test_threads_find_the_new_key_at_the_same_time(monkeypatch, tmp_path):
+    """Both were refused with the old one: who comes second finds that the first has found the new one."""
+    monkeypatch.delenv(auth.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    refused = threading.Barrier(2)
+
+    def closed(handler):
+        if handler.headers.get("authorization") == f"Bearer {keys[-1].key}":
+            ok(handler)
+        else:
+            refused.wait(60)
+            handler.send_error(401)
+
+    with answering(closed) as (port, _):
+        for verb in ("GET /server_info", "POST /generate"):
+            keys = [auth.KeyFile(port)]
+            connection = Connection(f"http://127.0.0.1:{port}", None, 60)
+            keys.append(auth.KeyFile(port))
+            with ThreadPoolExecutor(2) as threads:
+                for call in [threads.submit(verbs(connection)[verb]) for _ in range(2)]:
+                    assert call.result(60)
+
+
+def test_a_key_that_goes_while_it_is_looked_for_is_none(monkeypatch, tmp_path):
+    monkeypatch.delenv(auth.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    file = auth.KeyFile(1)
+    monkeypatch.setattr(auth, "is_local", lambda host: file.remove() is None)  # its server ends
+    assert auth.find_key("127.0.0.1", 1) is None
+    assert not file.path.exists()

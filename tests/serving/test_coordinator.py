@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from types import SimpleNamespace
 
 import aiohttp
 import msgspec
 import pytest
+import torch
 import uvicorn
 from fastapi import HTTPException
 from starlette.applications import Starlette
@@ -23,6 +25,7 @@ from slipstream.serving.connection import LostError, ServerError
 from slipstream.serving.coordinator import Coordinator
 from slipstream.serving.replica_process import Replica
 from slipstream.serving.settings import Settings
+from slipstream.weights.transports.shared_memory import Writer, read
 
 REPORT = wire.ReplicaReport(
     state="ready", version=0, running=0, devices=[], ranks=1, max_model_len=9, dtype="float32", vllm="0", platform="cpu"
@@ -201,6 +204,31 @@ def test_a_trainer_that_sends_for_long_is_not_silent(tmp_path, monkeypatch):
                     weights.progress(number)
                 assert refused.value.status_code == 409
                 watching.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_silent_trainer_that_goes_on_writes_into_nobody_elses_weights(tmp_path, monkeypatch):
+    """Between the checksums and the loading of another's, nobody would see that these have changed."""
+    now = [time.monotonic()]
+    monkeypatch.setattr(transaction, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def run():
+        async with acting(1, tmp_path) as acted:
+            with coordinator(acted) as weights:
+                message = wire.BeginMessage(version=1, tensors=SPECS)
+                first = await weights.begin(message)
+                stopped = Writer(first.path, first.nonce, first.offset, SPECS)
+                now[0] += transaction.SILENT_SECONDS
+                second = await weights.begin(message)
+                sums = Writer(second.path, second.nonce, second.offset, SPECS).write([("weight", torch.ones(4))])
+                [(_, arrived)] = read(second.path, second.offset, SPECS)
+                stopped.write([("weight", torch.zeros(4))])
+                assert arrived.tolist() == [1.0] * 4
+                await weights.commit(wire.CommitMessage(transaction=second.transaction, checksums=sums))
+                third = await weights.begin(message)
+                assert third.path == second.path != first.path  # one that was committed is used again
+                assert not os.path.exists(first.path)
 
     asyncio.run(run())
 

@@ -7,15 +7,19 @@ from importlib.util import find_spec
 
 import msgspec
 import pytest
+import torch
 from fastapi import HTTPException
+from serving.pretend import answering
 
 from slipstream.serving import machine, wire
 from slipstream.serving.communicator import Communicator
+from slipstream.serving.connection import Connection
 from slipstream.serving.joining import make_group
 from slipstream.serving.replica_process import Replica
 from slipstream.serving.sender import Sender
-from slipstream.serving.shared_file import SharedFile
+from slipstream.serving.shared_file import OFFSET, SharedFile
 from slipstream.serving.store import Store
+from slipstream.weights.plan import WeightUpdateError
 
 REPORT = wire.ReplicaReport(
     state="ready", version=0, running=0, devices=[], ranks=2, max_model_len=9, dtype="float32", vllm="0",
@@ -132,12 +136,38 @@ def test_a_client_chooses_a_way_to_all_workers(monkeypatch, replicas, transport)
             assert sender._transport == asked
 
 
+@pytest.mark.parametrize("path", ["{folder}/file", "/dev/shm/..{folder}/file", "/dev/shm/../../{folder}/file", "file"])
+def test_a_file_that_is_not_in_shared_memory_is_not_written_to(tmp_path, monkeypatch, path):
+    """A server says which file, and what its first bytes are: those of a checkpoint are easily guessed."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1000))
+    replies = {
+        "/server_info": INFO,
+        "/weights/begin": wire.BeginReply(
+            transaction=1, path=path.format(folder=tmp_path), nonce=bytes(8), offset=OFFSET
+        ),
+    }
+
+    def answer(handler):
+        handler.send_response(200)
+        handler.send_header("content-type", wire.MSGPACK)
+        handler.end_headers()
+        handler.wfile.write(wire.encode(replies.get(handler.path, INFO)))
+
+    with answering(answer) as (port, called):
+        sender = Sender(Connection(f"http://127.0.0.1:{port}", "k", 10))
+        sender.connect("cpu", "shared_memory")
+        with pytest.raises(WeightUpdateError, match=r"is not in /dev/shm, where a server's file would be"):
+            sender.push(1, [("weight", torch.ones(4))], None, "keep", False)
+    assert "POST /weights/abort" in called
+    assert file.read_bytes() == bytes(1000)
+
+
 def test_where_no_way_leads_nothing_is_advised():
     connection = Connected(THERE, platform="cuda")
     with pytest.raises(ValueError, match="no other reaches its workers on several machines"):
         Sender(connection).connect("cpu", None)
-    import torch
-
     with pytest.raises(ValueError, match="use 'shared_memory' or 'body'"):
         make_group(connection, torch.device("cpu"), Connected(HERE, platform="cuda").info, 1)
 

@@ -133,6 +133,7 @@ def test_completions_stream_as_they_finish(replica):
         (400, "token id -1", [prompt([-1])], {}),
         (400, "no option 'top_q'. Did you mean", [prompt([5])], {"extra": {"top_q": 1}}),
         (400, "stop_token_ids", [prompt([5])], {"extra": {"stop_token_ids": "five"}}),
+        (400, "RepetitionDetection", [prompt([5])], {"extra": {"repetition_detection": {"min_count": 2}}}),
         (400, "field of its own", [prompt([5])], {"extra": {"seed": 1}}),
         (400, "temperature", [prompt([5])], {"temperature": float("nan")}),
         (400, "top_p", [prompt([5])], {"top_p": 2.0}),

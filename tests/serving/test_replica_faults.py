@@ -39,8 +39,8 @@ class Parts:
         routes = Replica(self.engine, reference=True)
         self.generation, self.weights, self.turns = routes._generation, routes._weights, routes._turns
 
-    async def generate(self, sampling, *prompts):
-        message = wire.GenerateMessage(prompts=list(prompts), sampling=sampling)
+    async def generate(self, sampling, *prompts, update=None):
+        message = wire.GenerateMessage(prompts=list(prompts), sampling=sampling, update=update)
         mixture = prompts[0].mixture
         reader, frames = wire.FrameReader(), []
         with await self.turns.enter(mixture) as turn:
@@ -88,6 +88,7 @@ def parts(tiny_model):
 def test_an_update_in_flight_and_failures_in_the_order_of_their_severity(parts, tiny_model, monkeypatch):
     async def all_of_them():
         await an_update_counts_tokens_that_nobody_was_told_of()
+        await an_update_before_the_first_token()
         await a_load_that_fails_half_way()
         await a_load_of_the_reference_that_fails_half_way()
         await the_engine_dies()
@@ -123,6 +124,26 @@ def test_an_update_in_flight_and_failures_in_the_order_of_their_severity(parts, 
                 ]
                 assert max(wrong[0][:first].max(), wrong[1][first:].max()) < 1e-4
                 assert min(wrong[0][first:].max(), wrong[1][:first].max()) > 1e-2
+
+    async def an_update_before_the_first_token():
+        """Its weights sample all tokens, so that no run tells of another trainer's."""
+        model = engines.step(engines.policy(tiny_model), seed=1)
+        await parts.push(3, model)
+        await parts.engine.pause_generation(mode="keep")
+        calls = [
+            parts.generate(LONG, prompt(p, n=2), update=u) for p, u in zip(PROMPTS, (None, "an update"), strict=True)
+        ]
+        running = [asyncio.create_task(call) for call in calls]
+        async with asyncio.timeout(60):
+            while sum(job.output is not None for job in parts.generation._jobs.values()) < 4:
+                await asyncio.sleep(0.005)
+        await parts.push(4, model)
+        [[first, second]] = await running[0]
+        assert {first.weight_version, second.weight_version} == {4}
+        assert not first.version_runs
+        with pytest.raises(wire.StreamError, match="other weights of version 4 serve than those that are") as refused:
+            await running[1]
+        assert refused.value.status == 409
 
     async def failing_push(model, reference=False):
         from slipstream.serving.replica_weights import Refused

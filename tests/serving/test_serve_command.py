@@ -331,6 +331,13 @@ class TestSharedFiles:
         assert remove_abandoned() == 1
         assert not list(folder.iterdir())
 
+    def test_links_that_anybody_may_have_put_there_are_left_alone(self, folder, tmp_path_factory):
+        own = tmp_path_factory.mktemp("own") / "file"
+        own.write_text("of this user")
+        (folder / f"{shared_file._PREFIX}link").symlink_to(own)
+        assert remove_abandoned() == 0
+        assert own.read_text() == "of this user"
+
     def test_writing_outside_is_refused(self):
         file = SharedFile(10)
         try:

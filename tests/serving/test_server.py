@@ -249,6 +249,7 @@ class TestWeights:
             (f"transaction={reply.transaction}&offset=999999999", 400),
             (f"transaction={reply.transaction}&offset=-1", 400),
             (f"transaction={reply.transaction}", 400), ("transaction=99999&offset=0", 409), ("", 400),
+            (f"transaction={reply.transaction}&offset={'9' * 5000}", 400),
         ):  # fmt: skip
             assert call(server, "PUT", f"/weights/body?{query}", content=b"x").status_code == status, query
         calls.abort(server, reply.transaction)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import os
 import resource
+import sys
 
 import aiohttp
 import msgspec
@@ -30,12 +33,12 @@ REPORT = wire.ReplicaReport(
 
 
 @contextlib.asynccontextmanager
-async def watched(bring_up, info):
-    """A server's replicas, of which the only one is ready, watched, and answered for by `info`."""
+async def watched(bring_up, info, generate=None):
+    """A server's replicas, of which the only one is ready, watched, and answered for by `info` and `generate`."""
     found = replicas.Replicas(Settings(model="m"), bring_up, None, None)
     [replica] = found.all
-    routes = uvicorn.Config(Starlette(routes=[Route("/info", info)]), uds=str(replica.socket), log_level="warning")
-    server = uvicorn.Server(routes)
+    routes = [Route("/info", info), Route("/generate", generate or info, methods=["POST"])]
+    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), uds=str(replica.socket), log_level="warning"))
     serving = asyncio.create_task(server.serve())
     replica.process = await asyncio.create_subprocess_exec("sleep", "600", start_new_session=True)
     replica._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(replica.socket), force_close=True))
@@ -107,6 +110,42 @@ def test_who_waits_for_a_replica_that_was_doubted_while_it_was_asked_hears_of_it
     asyncio.run(run())
 
 
+def test_completions_that_come_together_with_an_error_are_not_lost(monkeypatch):
+    """They are passed on; those that are left are asked for again."""
+    monkeypatch.setattr(replicas, "WATCH_SECONDS", 0.05)
+    asked = []
+
+    async def info(request):
+        return Response(wire.encode(REPORT), media_type=wire.MSGPACK)
+
+    async def generate(request):
+        prompts = wire.decode(await request.body(), wire.GenerateMessage).prompts
+        asked.append([(prompt.n, prompt.seed) for prompt in prompts])
+        if len(asked) == 1:
+            return Response(made(0, 1) + wire.error_frame(503, "the engine ended a completion of prompt 0 by 'abort'"))
+        return Response(made(0, 0) + made(1, 0) + wire.end_frame(2))
+
+    def made(prompt, sample):
+        return wire.completion_frame(prompt, sample, [len(asked), prompt], None, "stop", [(0, 2)])
+
+    async def bring_up(replica):
+        replica.missed = ""
+
+    async def run():
+        async with watched(bring_up, info, generate) as (found, replica):
+            answer = Answer(found, wire.GenerateMessage(prompts=[wire.PromptMessage(ids=[5], n=3, seed=7)]))
+            await answer.open()
+            reader = wire.FrameReader()
+            frames = [frame async for piece in answer.frames() for frame in reader.feed(piece)]
+            reader.finish()
+            await answer.close()
+            assert asked == [[(3, 7)], [(1, 7), (1, 9)]]
+            assert {frame.sample: frame.completion.ids for frame in frames} == {0: [2, 0], 1: [1, 0], 2: [2, 1]}
+            assert replica.running == 0
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])  # uvicorn takes uvloop where it is installed
 def test_a_process_that_ends_before_it_is_told_its_settings_is_a_lost_replica(monkeypatch, tmp_path, loop):
     create = asyncio.create_subprocess_exec
@@ -127,6 +166,26 @@ def test_a_process_that_ends_before_it_is_told_its_settings_is_a_lost_replica(mo
 
     with asyncio.Runner(loop_factory=pytest.importorskip(loop).new_event_loop) as runner:
         runner.run(run())
+
+
+def test_a_replica_whose_output_nobody_reads_does_not_wait_for_that(monkeypatch, tmp_path):
+    """The reader of the server's own output has gone, as `head` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    async def run():
+        replica = Replica(0, tmp_path, {}, {})
+        replica.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", "print('line\\n' * 100_000 + 'last')", stdout=asyncio.subprocess.PIPE
+        )
+        async with asyncio.timeout(60):
+            await replica.forward_output()
+            assert await replica.process.wait() == 0
+        assert replica.lines[-1] == "last"
+
+    with os.fdopen(writing, "wb", 0) as closed, io.TextIOWrapper(closed, write_through=True) as text:
+        monkeypatch.setattr(sys, "stderr", text)
+        asyncio.run(run())
 
 
 def test_a_client_that_takes_no_more_is_given_up():

@@ -31,6 +31,7 @@ MESSAGES: list[type[msgspec.Struct]] = [
     wire.GenerateMessage, wire.ServerInfo, wire.CommunicatorMessage, wire.CommunicatorReply, wire.BeginMessage,
     wire.BeginReply, wire.ProgressMessage, wire.CommitMessage, wire.CommitReply, wire.AbortMessage,
 ]  # fmt: skip
+_DIGITS = 19  # that a number in a query may have; Python reads no more than some thousand
 
 
 class Server:
@@ -212,8 +213,10 @@ def _reply(request: Request, message: msgspec.Struct) -> Response:
 
 def _query(request: Request, name: str) -> int:
     value = request.query_params.get(name, "")
-    if not value.isdecimal():
-        raise HTTPException(400, f"{name}={value!r} is not allowed: it must be an integer >= 0")
+    if not value.isdecimal() or len(value) > _DIGITS:
+        raise HTTPException(
+            400, f"{name}={value[:_DIGITS]!r} is not allowed: it must be an integer >= 0 of at most {_DIGITS} digits"
+        )
     return int(value)
 
 

@@ -76,8 +76,19 @@ def check_key(key: str) -> str:
         raise ValueError(
             f"{VARIABLE} has {len(key)} characters: a key needs {SHORTEST} or more. Unset it, and the server makes one."
         )
+    return check_characters(key)
+
+
+def check_characters(key: str) -> str:
+    """`key`, if a header can carry it: what sends headers would show it in its own error.
+
+    Raises:
+        ValueError: it cannot.
+    """
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(f"{VARIABLE}: a key is made of printable ASCII characters without spaces.")
+        raise ValueError(
+            f"{VARIABLE}: a key is made of printable ASCII characters without spaces, and has no line break at its end."
+        )
     return key
 
 
@@ -135,9 +146,12 @@ def find_key(host: str, port: int) -> str | None:
     path = key_path(port)
     if not path.is_file() or not is_local(host):
         return None
-    with path.open() as file:
-        status = os.fstat(file.fileno())
-        found = file.read()
+    try:
+        with path.open() as file:
+            status = os.fstat(file.fileno())
+            found = file.read()
+    except FileNotFoundError:  # its server has just ended
+        return None
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise PermissionError(
             f"{path} must belong to you and be closed to others (mode 600), but has owner {status.st_uid} and mode "

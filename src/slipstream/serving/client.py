@@ -170,6 +170,8 @@ class VLLMClient:
             other; `logprobs` and `logprob_token_ids`, a list a completion of one list a token, which holds the sampled
             token's log-probability and id (None without log-probabilities).
         """
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts={prompts!r} would be read letter by letter: give a list of prompts.")
         messages = [
             wire.PromptMessage(text=prompt, n=n)
             if isinstance(prompt, str)

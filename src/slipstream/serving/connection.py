@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
-from slipstream.serving.auth import VARIABLE, find_key
+from slipstream.serving.auth import VARIABLE, check_characters, find_key
 from slipstream.serving.wire import MSGPACK, ServerInfo, decode, encode
 
 M = TypeVar("M", bound=msgspec.Struct)
@@ -60,7 +60,7 @@ class Connection:
         self.url = str(parsed).rstrip("/")
         self._host, self._port = parsed.host, parsed.port or (443 if parsed.scheme == "https" else 80)
         self._given_key, self.timeout = api_key, timeout
-        self.key = api_key or find_key(self._host, self._port)
+        self.key = self._found_key()
         # Idle connections are given up before the server, which does so after 5 s, can do it under a request.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=2.0)
         self._client = httpx.Client(
@@ -90,7 +90,7 @@ class Connection:
                     )
                 if answer.status_code not in _NOT_READY:
                     self._check(answer, "/server_info")
-                    return self._message(answer, ServerInfo)
+                    return self._info(answer)
                 reason = f"the server at {self.url} is not ready: {_detail(answer)}"
             except (LostError, TimeoutError) as error:
                 reason = f"there is no server at {self.url} ({error.__cause__})"
@@ -122,7 +122,7 @@ class Connection:
 
     def stream(self, path: str, message: msgspec.Struct) -> Iterator[bytes]:
         """POST a message, once; yields the answer's bytes as they come. Closing the iterator ends the request."""
-        headers = self._headers(MSGPACK)
+        shown, headers = self.key, self._headers(MSGPACK)
         try:
             with self._client.stream(
                 "POST", self.url + path, content=encode(message), headers=headers, timeout=self._limits(self.timeout)
@@ -131,7 +131,7 @@ class Connection:
                     yield from answer.iter_raw()
                     return
                 answer.read()
-                if answer.status_code != 401 or not self._found_another_key():
+                if answer.status_code != 401 or not self._found_another_key(shown):
                     self._check(answer, path)
         except httpx.TimeoutException as error:
             raise TimeoutError(f"{self.url}{path}: the server was silent for {self.timeout:g} s") from error
@@ -160,8 +160,9 @@ class Connection:
 
     def _ask(self, method: str, path: str, content: Any = None, timeout: float = CALL_SECONDS) -> httpx.Response:
         """The answer, whatever it is; with the other key, where a server that was started again has made one."""
+        shown = self.key
         answer = self._exchange(method, path, content, timeout)
-        if answer.status_code == 401 and self._found_another_key():
+        if answer.status_code == 401 and self._found_another_key(shown):
             answer = self._exchange(method, path, content, timeout)  # without the key, nothing was done
         return answer
 
@@ -184,10 +185,18 @@ class Connection:
     def _limits(self, seconds: float) -> httpx.Timeout:
         return httpx.Timeout(seconds, connect=min(seconds, 30.0), pool=None)
 
-    def _found_another_key(self) -> bool:
-        """A server that was started again has made a new key, where nobody has chosen one."""
-        before, self.key = self.key, self._given_key or find_key(self._host, self._port)
-        return self.key != before
+    def _found_key(self) -> str | None:
+        key = self._given_key or find_key(self._host, self._port)
+        return check_characters(key) if key else None
+
+    def _found_another_key(self, shown: str | None) -> bool:
+        """A server that was started again has made a new key, where nobody has chosen one.
+
+        Args:
+            shown: The key that it did not accept. Another thread may have found the new one since.
+        """
+        self.key = self._found_key()
+        return self.key != shown
 
     def _check(self, answer: httpx.Response, path: str) -> None:
         status, detail = answer.status_code, _detail(answer)
@@ -206,6 +215,15 @@ class Connection:
             )
         kind = RefusedError if status in (400, 413, 422) else ServerError
         raise kind(status, f"{self.url}{path.partition('?')[0]}: {detail}")
+
+    def _info(self, answer: httpx.Response) -> ServerInfo:
+        try:
+            return self._message(answer, ServerInfo)
+        except ValueError as error:
+            raise ConnectionError(
+                f"what answers at {self.url} is not a Slipstream server, or one of another version ({error}). "
+                f"{self._how_to_start()}"
+            ) from error
 
     def _message(self, answer: httpx.Response, kind: type[M]) -> M:
         return decode(answer.content, kind, answer.headers.get("content-type", ""))

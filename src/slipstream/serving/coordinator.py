@@ -193,7 +193,7 @@ class Coordinator:
             async with self._lock:
                 if self.transaction is not None and self.transaction.silence > self._timeout:
                     log.warning("transaction %d is dropped: silent for %.0f s", self.transaction.number, self._timeout)
-                    await self._drop(self.transaction)
+                    await self._leave_behind(self.transaction)
 
     def close(self) -> None:
         """Remove the files."""
@@ -211,7 +211,13 @@ class Coordinator:
                 f"{old.silence:.0f} s ago); who begins after {SILENT_SECONDS:.0f} s of its silence takes its place",
             )
         log.warning("transaction %d, silent for %.0f s, is dropped for another", old.number, old.silence)
-        await self._drop(old)
+        await self._leave_behind(old)
+
+    async def _leave_behind(self, transaction: Transaction) -> None:
+        """Drop one whose trainer is silent. It may be stopped in the middle of a tensor, and go on to write it."""
+        await self._drop(transaction)
+        if transaction.file is not None:
+            self._files.leave_behind(transaction.begin.reference, transaction.file)
 
     async def _drop(self, transaction: Transaction) -> None:
         """Let the members forget what they have staged. The old weights go on serving."""

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import resource
+import signal
 import socket
 
 import uvicorn
@@ -63,6 +64,8 @@ def _run(settings: Settings, listener: socket.socket, key: str, key_file: auth.K
         lifespan="on", ws="none", timeout_graceful_shutdown=_GRACE_SECONDS, server_header=False,
     )  # fmt: skip
     server.runner = uvicorn.Server(config)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # its terminal is closed; under nohup it goes on
+        signal.signal(signal.SIGHUP, server.runner.handle_exit)
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C; everything has ended with the lifespan
         server.runner.run(sockets=[listener])
     if server.failure:

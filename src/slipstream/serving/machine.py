@@ -6,6 +6,7 @@ import ipaddress
 import os
 from pathlib import Path
 
+SHARED_MEMORY = Path("/dev/shm")
 APART = (
     "transport={transport!r} takes weights through shared memory of the server's machine, and the server has workers "
     "on other machines: use 'group', or None to let the client choose"

@@ -20,6 +20,7 @@ from slipstream.generation.engine import Request, Sampling
 from slipstream.generation.vllm_options import check_sampling, sampling_params
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.serving import wire
+from slipstream.serving.asking import OTHERS
 from slipstream.serving.limits import characters
 from slipstream.vllm_compat import async_engine, token_prompt
 from slipstream.vllm_compat.mixture import cache_salt
@@ -42,7 +43,9 @@ class Job:
         mixture: Share of the reference that it is sampled with.
         params: vLLM's sampling parameters.
         runs: (first token, version) of each stretch of tokens so far.
+        update: That must have brought the weights; None takes any.
         output: The engine's queue for it; None until it was added.
+        replaced: Whether other weights came before its first token: its runs do not tell.
     """
 
     id: str
@@ -52,12 +55,15 @@ class Job:
     mixture: float
     params: Any
     runs: list[tuple[int, int]]
+    update: str | None = None
     output: Any = None
+    replaced: bool = False
 
     def switch(self, version: int, tokens: int) -> None:
         """From now on `version` samples; there are `tokens`."""
         if tokens == self.runs[-1][0]:
             self.runs.pop()
+        self.replaced |= tokens == 0
         self.runs.append((tokens, version))
 
 
@@ -144,7 +150,7 @@ class Generation:
                 params.seed = None if prompt.seed is None else prompt.seed + sample
                 samples = range(prompt.n) if greedy else (sample,)
                 job_id, runs = f"c{next(self._ids)}", [(0, version)]
-                jobs.append(Job(job_id, index, samples, ids, prompt.mixture, params, runs))
+                jobs.append(Job(job_id, index, samples, ids, prompt.mixture, params, runs, message.update))
         self._jobs.update((job.id, job) for job in jobs)
         try:
             for count, job in enumerate(jobs, 1):
@@ -257,6 +263,8 @@ class Generation:
 
 def _frames(job: Job, output: Any) -> list[bytes]:
     """A finished completion as frames, one a sample."""
+    if job.replaced and job.update is not None:
+        raise wire.StreamError(409, OTHERS.format(version=job.runs[0][1]))
     if output.finish_reason not in wire.FINISH_REASONS:
         raise wire.StreamError(503, f"the engine ended a completion of prompt {job.prompt} by {output.finish_reason!r}")
     logprobs = None if output.logprobs is None else output.logprobs.logprobs

@@ -151,7 +151,8 @@ class Replica:
         for line in lines:
             text = line.decode(errors="replace").rstrip()
             self.lines.append(text)
-            print(f"[{self.name}] {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more; the process must not wait for a full pipe
+                print(f"[{self.name}] {text}", file=sys.stderr, flush=True)
 
     async def wait_until_up(self, timeout: float) -> None:
         """Wait until it answers.

@@ -184,6 +184,9 @@ class Sender:
         return ask()
 
     def _writer(self, reply: wire.BeginReply, specs: Sequence[TensorSpec]) -> Writer:
+        if os.path.dirname(reply.path) != str(machine.SHARED_MEMORY):
+            # The nonce is no proof: whoever says it may have guessed how a file of this user begins.
+            raise NotSharedError(f"{reply.path!r} is not in {machine.SHARED_MEMORY}, where a server's file would be")
         # The policy and the reference have a file each. A server that was started again has new ones.
         self._mapped = {path: mapping for path, mapping in self._mapped.items() if os.path.exists(path)}
         writer = Writer(reply.path, reply.nonce, reply.offset, specs, self._mapped.get(reply.path))

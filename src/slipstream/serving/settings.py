@@ -39,7 +39,11 @@ class Settings:
 
     model: str = _option("", "Model", "The model to serve: a name or a folder.")
     revision: str | None = _option(None, "Model", "Branch, tag or commit of it; by default the main one.")
-    dtype: str = _option("auto", "Model", "Type of its weights: auto is the checkpoint's; float32, bfloat16, float16.")
+    dtype: str = _option(
+        "auto",
+        "Model",
+        "Type of its weights: float32, bfloat16, float16; auto is the checkpoint's, but 16 bits for float32.",
+    )
     max_model_len: int | None = _option(None, "Model", "Most tokens of prompt and completion; by default the model's.")
     trust_remote_code: bool = _option(False, "Model", "Run Python code that comes with the model.")
     reference: bool = _option(

@@ -56,6 +56,7 @@ class Share:
         self.ended = False
         self.response: Any = None
         self._rest = b""
+        self._error: Exception | None = None
         self.incarnation = replica.incarnation
         self._count(sum(len(part.left) for part in parts))
 
@@ -101,6 +102,8 @@ class Share:
                 piece, frames = self._relabel(data, rendered)
                 if frames:
                     yield piece, frames
+                if self._error is not None:
+                    raise self._error
         if not self.ended:
             raise ReplicaLost(f"{self.replica.name} ended its answer too early")
 
@@ -117,7 +120,9 @@ class Share:
                 break
             if kind == wire.ERROR:
                 text = buffer[body:end].decode(errors="replace")
-                raise ReplicaLost(text) if prompt == 503 else wire.StreamError(prompt, text)
+                # Raised once the frames before it are passed on: nobody asks for their completions again.
+                self._error = ReplicaLost(text) if prompt == 503 else wire.StreamError(prompt, text)
+                break
             if kind == wire.END:
                 self.ended = True
             else:

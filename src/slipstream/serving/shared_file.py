@@ -6,11 +6,13 @@ import asyncio
 import fcntl
 import os
 import secrets
-from pathlib import Path
+import stat
 
 from fastapi import HTTPException
 
-FOLDER = Path("/dev/shm")
+from slipstream.serving import machine
+
+FOLDER = machine.SHARED_MEMORY
 NONCE_BYTES = 32
 OFFSET = 64  # of the first tensor: behind the nonce, aligned as all tensors are
 _PREFIX = "slipstream-weights-"
@@ -103,6 +105,12 @@ class SharedFiles:
         if self._files.get(reference) is not file:
             file.close()
 
+    def leave_behind(self, reference: bool, file: SharedFile) -> None:
+        """Remove a file that somebody may still write to: the next update gets another."""
+        if self._files.get(reference) is file:
+            del self._files[reference]
+        file.close()
+
     def close(self) -> None:
         """Remove all files."""
         for file in self._files.values():
@@ -115,7 +123,8 @@ def remove_abandoned() -> int:
     removed = 0
     for path in FOLDER.glob(f"{_PREFIX}*"):
         try:
-            if path.stat().st_uid != os.getuid():
+            status = path.lstat()  # anybody may put a link there, to what is this user's
+            if status.st_uid != os.getuid() or not stat.S_ISREG(status.st_mode):
                 continue
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:

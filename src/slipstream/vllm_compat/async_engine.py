@@ -107,9 +107,13 @@ def check_types(params: Any) -> None:
     import msgspec
 
     try:
-        msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
+        made = msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
     except (msgspec.ValidationError, TypeError) as error:
         raise ValueError(f"sampling: {error}") from error
+    for name in params.__struct_fields__:  # an object was made of a dictionary here; the engine has the dictionary
+        declared = type(getattr(made, name))
+        if isinstance(getattr(params, name), dict) and declared is not dict:
+            raise ValueError(f"sampling: Expected `{declared.__name__}`, got `dict` - at `$.{name}`")
 
 
 def platform() -> str:
