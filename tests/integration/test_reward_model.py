@@ -33,6 +33,20 @@ def train(model, folder, rewards, rows, **options):
     return next(entry for entry in trainer.state.log_history if "reward" in entry)
 
 
+def test_a_folder_without_a_model_is_named():
+    with pytest.raises(OSError, match="reward_funcs holds '/nowhere/judge', and no sequence-classification model"):
+        load_reward("/nowhere/judge", None, torch.device("cpu"))
+
+
+def test_a_model_of_zeros_is_refused(judge):
+    """What transformers makes on ranks that are to be given their weights."""
+    model = Qwen2ForSequenceClassification.from_pretrained(judge)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    with pytest.raises(ValueError, match="all weights of the Qwen2ForSequenceClassification are 0"):
+        load_reward(model, None, torch.device("cpu"))
+
+
 def test_scores_are_logit_zero_of_prompt_and_completion(judge):
     model, tokenizer = load_reward(judge, None, torch.device("cpu"))
     texts = ["4", "I think it is 5", ""]

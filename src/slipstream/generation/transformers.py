@@ -128,6 +128,7 @@ class TransformersEngine:
         ids = torch.tensor([[self._pad] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         from transformers import GenerationConfig, LogitsProcessorList
+        from transformers.integrations.fsdp import is_fsdp_managed_module
 
         # It shapes the distribution instead of transformers' own filters, to report log-probabilities under it.
         distribution = Distribution(sampling, mask)
@@ -147,6 +148,9 @@ class TransformersEngine:
             attention_mask=mask,
             generation_config=config,
             logits_processor=LogitsProcessorList([distribution]),
+            # Ranks that divide the weights compute every step together, also when their own rows have ended; below an
+            # adapter transformers does not see that they do.
+            synced_gpus=True if is_fsdp_managed_module(model) else None,
         )
         distribution.record(out)
         tokens = out[:, width:].tolist()

@@ -17,8 +17,20 @@ def load_reward(function: Any, tokenizer: Any, device: torch.device) -> tuple[An
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if isinstance(function, str):
-        function = AutoModelForSequenceClassification.from_pretrained(function, num_labels=1)
+        try:
+            function = AutoModelForSequenceClassification.from_pretrained(function, num_labels=1)
+        except OSError as error:
+            raise OSError(
+                f"reward_funcs holds {function!r}, and no sequence-classification model of that folder or name can be "
+                f"loaded ({error}). Give a folder that save_pretrained has written, or a model's name on the hub."
+            ) from error
     if isinstance(function, nn.Module):
+        if not any(bool(p.any()) for p in function.parameters()):
+            raise ValueError(
+                f"reward_funcs: all weights of the {type(function).__name__} are 0. With FSDP's "
+                "cpu_ram_efficient_loading, from_pretrained loads them on one rank alone: pass the model's name, which "
+                "every rank loads, or set it to false."
+            )
         config: Any = function.config
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(config._name_or_path)

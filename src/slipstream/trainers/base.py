@@ -23,7 +23,7 @@ from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.reward_models import load_reward
 from slipstream.rollouts.rewards import RewardRunner
 from slipstream.rollouts.sampler import Slot
-from slipstream.trainers import checkpoint, inputs, journal, loading
+from slipstream.trainers import checkpoint, inputs, journal, loading, sharding
 from slipstream.trainers.evaluating import Evaluating
 from slipstream.trainers.metrics import Clock, Metrics
 
@@ -84,6 +84,7 @@ class OnlineTrainer(Evaluating):
         if args.use_vllm and args.vllm_mode == "colocate":
             vllm_compat.load()  # complains about a missing or unknown vLLM before a model is read
         check_sampling(args)
+        sharding.check(args)
 
         tokenizer = loading.load_tokenizer(processing_class, model, args)
         self.renderer = PromptRenderer(loading.text_tokenizer(tokenizer), args.chat_template_kwargs)  # type: ignore[arg-type]
@@ -117,9 +118,10 @@ class OnlineTrainer(Evaluating):
             optimizers=optimizers,
         )
         self.given_weights = checkpoint.given_weights(policy, reference)
-        self.reference = reference and self.accelerator.prepare_model(reference, evaluation_mode=True)
+        self.reference = reference and sharding.prepare_reference(self.accelerator, reference)
         self.set_up()
-        loaded = [load_reward(f, t, self.accelerator.device) for f, t in zip(functions, tokenizers, strict=True)]
+        with sharding.whole_models():
+            loaded = [load_reward(f, t, self.accelerator.device) for f, t in zip(functions, tokenizers, strict=True)]
         self.rewards = RewardRunner([f for f, _ in loaded], [t for _, t in loaded], args.reward_timeout)
         weights = args.reward_weights or [1.0] * len(loaded)
         self.reward_weights_F = torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)

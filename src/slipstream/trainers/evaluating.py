@@ -7,7 +7,7 @@ import math
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from slipstream.trainers import inputs
+from slipstream.trainers import inputs, sharding
 from slipstream.trainers.generating import Generating
 from slipstream.trainers.metrics import Tally
 
@@ -30,6 +30,7 @@ class Evaluating(Generating):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Sample completions for every row in one go, score them, and compute the loss without a gradient."""
+        sharding.check_divided(self.accelerator, self.model_wrapped)
         dataset = inputs.loaded_dataset(dataloader)
         size = self.args.num_generations_eval or self.args.num_generations
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index

@@ -22,6 +22,7 @@ from slipstream.reporting import ProgressReporter
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.trainers.loop import SlotLoop
 from slipstream.trainers.metrics import Clock, Tally
+from slipstream.trainers.sharding import is_sharded
 
 
 class Learning(SlotLoop):
@@ -60,13 +61,16 @@ class Learning(SlotLoop):
         )
 
     def _obstacle(self) -> str | None:
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return f"it has not been tried with {self.accelerator.distributed_type.value}"
         for model in (self.model, self.reference):
             if model is not None:
                 head = self.accelerator.unwrap_model(model).get_output_embeddings()
+                # A policy that will be divided may be there on one rank, and zeros on the others. These try it as well:
+                # how its logits come about is found out on the way, where it still takes no other rank.
+                counts = self.accelerator.is_main_process or model is self.reference or not is_sharded(self.accelerator)
                 with self.compute_loss_context_manager():
-                    why = obstacle(model, head)
+                    why = obstacle(model, head, self.accelerator.device, counts=counts)
                 if why:
                     return f"{type(self.accelerator.unwrap_model(model)).__name__} cannot be packed: {why}"
         return None
@@ -74,8 +78,8 @@ class Learning(SlotLoop):
     def _find_budget(self, rollouts: Sequence[Rollout], meter: Meter | None = None) -> None:
         """Measure how many tokens a packed micro-batch may have, before the first optimizer step.
 
-        Where it is given, was measured before, or cannot be measured (on a CPU), nothing happens. Weights, gradients
-        and random states stay as they are.
+        Where it is given, was measured before, or cannot be measured (on a CPU, or where ranks have to compute
+        together), nothing happens. Weights, gradients and random states stay as they are.
 
         Args:
             rollouts: This rank's rows of the step.
@@ -84,7 +88,7 @@ class Learning(SlotLoop):
         device, packer = self.accelerator.device, self.packer
         if meter is None and device.type == "cuda":
             meter = CudaMeter(device)
-        if not packer.packed or packer.max_tokens is not None or meter is None:
+        if not packer.packed or packer.max_tokens is not None or meter is None or is_sharded(self.accelerator):
             return
         # The bare model: no rank waits for another while one of them tries how far its memory goes.
         model = self.accelerator.unwrap_model(self.model_wrapped)
@@ -139,15 +143,17 @@ class Learning(SlotLoop):
         # DeepSpeed would divide by gradient_accumulation_steps, and holds gradients back in a way of its own.
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         options = {"scale_wrt_gas": False} if deepspeed else {}
+        # Where weights are divided, whole gradients may not fit either: each pass adds to this rank's part of them.
+        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", is_sharded(self.accelerator))
         loss = torch.zeros((), device=self.args.device)
         left = len(rollouts)
         with packed_attention(model) if self.packer.packed else contextlib.nullcontext():
             for batch in self.packer.pack(rollouts, totals, self._rows_together(self.args.num_generations)):
                 left -= len(batch.rollouts)
                 last = left == 0
-                # Ranks exchange gradients once, in the last backward pass.
+                # Otherwise ranks exchange gradients once, in the last backward pass.
                 self.accelerator.gradient_state._set_sync_gradients(last)
-                with contextlib.nullcontext() if last or deepspeed else self.accelerator.no_sync(model):
+                with contextlib.nullcontext() if last or each or deepspeed else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
                         part = self.objective(self._policy(model, batch), batch, tally)
                     self.accelerator.backward(part, **options)
