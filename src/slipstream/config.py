@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,6 +177,12 @@ class OnlineConfig(TrainingArguments):
                 number(f"reward_weights[{i}]", weight)
         if self.num_completions_to_print is not None:
             number("num_completions_to_print", self.num_completions_to_print, least=1, integer=True)
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and "LOCAL_RANK" in os.environ and self.world_size == 1:
+            raise ValueError(
+                f"{started} processes were started, and transformers takes each for a run of its own, in the same "
+                "output_dir: without an accelerator they train together only with use_cpu=True. Set it, or start one."
+            )
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} devices in one process: transformers would copy the model to each for every forward "

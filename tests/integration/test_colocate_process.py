@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from importlib.util import find_spec
 
@@ -134,3 +136,26 @@ def test_bfloat16_engine_of_a_float32_trainer(tiny_model):
             expected = engines.logprobs(rounded, prompt, completion.ids)
             assert (expected - torch.tensor(completion.logprobs)).abs().mean() < 0.05
     engine.close()
+
+
+TRAINER_THAT_GOES = """
+import gc, sys, weakref
+from slipstream import GRPOConfig, GRPOTrainer
+
+args = GRPOConfig(sys.argv[2], use_vllm=True, vllm_max_model_length=64, max_completion_length=8, report_to=[])
+trainer = GRPOTrainer(sys.argv[1], lambda completions, **_: [0.0] * len(completions), args, [{"prompt": "a"}] * 8)
+model = weakref.ref(trainer.model)
+trainer.close()
+del trainer
+gc.collect()
+assert model() is None
+"""
+
+
+def test_a_trainer_that_was_closed_can_be_freed(tiny_model, tmp_path):
+    # In a process of its own: what keeps it is the first import of vLLM, in the trainer's __init__.
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINER_THAT_GOES, str(tiny_model), str(tmp_path)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

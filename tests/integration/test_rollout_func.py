@@ -128,6 +128,25 @@ def test_its_log_probabilities_correct_the_sampler(tiny_model, tmp_path):
     assert history(trainer, "sampling/sampling_logp_difference/max")[0] > 0
 
 
+@pytest.mark.parametrize("mode", ["sequence_mask", "token_mask"])
+def test_vespo_takes_its_log_probabilities_token_by_token(mode, tiny_model, tmp_path):
+    def rollout_func(prompts, trainer):
+        made = ask(trainer, prompts)
+        return made | {"logprobs": [[-2.0] * len(ids) for ids in made["completion_ids"]]}
+
+    trainer = make(
+        tiny_model, tmp_path, rollout_func, lambda completion_ids, **_: [i[0] for i in completion_ids],
+        loss_type="vespo", vllm_importance_sampling_mode=mode, max_steps=1,
+    )  # fmt: skip
+    if mode == "token_mask":
+        trainer.train()
+        assert history(trainer, "vespo/phi_seq_mean")
+    else:
+        with pytest.raises(ValueError, match="would count them twice"):
+            trainer.train()
+    trainer.close()
+
+
 def test_a_run_stopped_within_a_batch_goes_on(tiny_model, tmp_path):
     def reward(completion_ids, **_):
         return [float(sum(ids)) for ids in completion_ids]

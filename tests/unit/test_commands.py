@@ -69,7 +69,7 @@ class TestSettings:
             read_settings(tmp_path / "none.yaml", [])
 
     def test_a_stray_word_is_an_error(self):
-        with pytest.raises(ValueError, match="unexpected argument 'fast'"):
+        with pytest.raises(ValueError, match=r"unexpected argument 'fast'.*lists as"):
             read_settings(None, ["fast"])
 
 
@@ -207,6 +207,21 @@ class TestProgram:
                           "--dataset_name", tmp_path, "--reward_funcs", "accuracy_reward")  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "1 training rows" in done.stdout
+
+    @pytest.mark.parametrize(
+        ("row", "weights", "message"),
+        [
+            ({"question": "a"}, "[1]", "train_dataset has no column 'prompt'"),
+            ({"prompt": "a"}, "[1, 2]", "reward_weights has 2 values for 1 reward_funcs"),
+        ],
+    )
+    def test_a_dry_run_checks_what_the_trainer_would(self, tmp_path, row, weights, message):
+        (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+        done = slipstream("grpo", "--dry-run", "--output_dir", tmp_path, "--model_name_or_path", "m",
+                          "--dataset_name", tmp_path, "--reward_funcs", "accuracy_reward",
+                          "--reward_weights", weights)  # fmt: skip
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1].startswith(f"slipstream grpo: {message}")
 
     @pytest.mark.parametrize(
         ("row", "message"),

@@ -149,6 +149,18 @@ def test_one_process_does_not_spread_over_several_devices(monkeypatch):
         config()
 
 
+def test_processes_that_would_train_apart_are_refused(monkeypatch):
+    """torchrun on a CPU: without use_cpu, transformers joins none of them."""
+    made = config()  # before, as it would look for the other process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made._check_values()  # a cluster may set it for other reasons
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match=r"2 processes were started.*use_cpu=True"):
+        made._check_values()
+    monkeypatch.setattr(GRPOConfig, "world_size", 2)
+    made._check_values()
+
+
 def test_greedy_evaluation():
     made = config(use_vllm=True, eval_temperature=0.0, top_k=0)
     assert made.sampling(evaluation=True).temperature == 0

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipstream.objectives import grpo
-from slipstream.objectives.advantages import combine_rewards, group_advantages, nanstd
+from slipstream.objectives.advantages import combine_rewards, decoupled_advantages, group_advantages, nanstd
 from slipstream.objectives.correction import sampler_correction
 from slipstream.objectives.policy import clipped_surrogate, kl_k3
+from slipstream.objectives.rloo import leave_one_out_advantages
 from slipstream.objectives.segments import row_mean, row_sum
 from slipstream.records import StepTotals
+from slipstream.trainers.metrics import reward_metrics
 
 rows_of_lengths = st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any)
 LEVELS = ("token", "sequence", "sequence_geometric")
@@ -62,8 +64,23 @@ def test_group_advantages_are_those_of_loops(groups, size, seed, missing):
             assert advantages[g * size + i] == pytest.approx(expected, abs=1e-9)
 
 
-def test_equal_rewards_teach_nothing():
-    assert group_advantages(torch.full((8,), 0.7), 4).abs().max() == 0
+@pytest.mark.parametrize("size", [2, 3, 7, 8, 12, 16])
+@pytest.mark.parametrize("reward", [0.7, 3.3, 100.1, -1000.1])
+def test_equal_rewards_teach_nothing(reward, size):
+    # In float32 the mean of eight times 3.3 is another number than 3.3.
+    rewards = torch.full((2 * size,), reward)
+    assert group_advantages(rewards, size).abs().max() == 0
+    assert group_advantages(rewards, size, "batch").abs().max() == 0
+    assert decoupled_advantages(rewards.unsqueeze(1), torch.ones(1), size).abs().max() == 0
+    assert leave_one_out_advantages(rewards, size, normalize=True).abs().max() == 0
+    assert reward_metrics(rewards.unsqueeze(1), torch.ones(1), ["f"], size)["frac_reward_zero_std"] == 1
+
+
+def test_advantages_have_the_rewards_type():
+    rewards = torch.tensor([1.0, 2.0, torch.nan, 4.0])
+    for advantages in (group_advantages(rewards, 2), leave_one_out_advantages(rewards, 2), nanstd(rewards, dim=0)):
+        assert advantages.dtype == rewards.dtype
+    assert decoupled_advantages(rewards.unsqueeze(1), torch.ones(1), 2).dtype == rewards.dtype
 
 
 def test_rewards_combine_over_the_functions_that_could_score():

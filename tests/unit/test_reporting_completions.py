@@ -195,6 +195,11 @@ def test_numbers_for_people():
         2.1e-5: "2.1e-05",
         1_234_567.0: "1.23M",
         -3.5e9: "-3.5B",
+        999.4: "999",
+        -999.7: "-1,000",
+        999_999.7: "1M",
+        999.7e6: "1B",
+        999.7e9: "1e+12",
     }
     assert {value: number(value) for value in cases} == cases
     assert [number(None), number(math.nan), number(-math.inf)] == ["–", "–", "-∞"]

@@ -100,6 +100,17 @@ def test_evaluations_are_a_line_of_their_own():
     assert len(run.lines) == 2
 
 
+def test_each_of_several_evaluation_datasets_has_a_line():
+    run = Run(plain_every_seconds=0)
+    for dataset in ("math", "math_hard"):
+        metrics = {"reward": 0.6, "rewards/accuracy/mean": 0.55, "aux_loss": 2.0, "loss": 0.1, "runtime": 3.2}
+        run.send("on_log", logs={f"eval_{dataset}_{name}": value for name, value in metrics.items()})
+    assert run.lines == [
+        "step 0  held-out math  reward 0.6  accuracy 0.55  in 3.2 s",
+        "step 0  held-out math_hard  reward 0.6  accuracy 0.55  in 3.2 s",
+    ]
+
+
 def test_evaluating_without_training_shows_the_line():
     run = Run()
     run.send("on_train_end")

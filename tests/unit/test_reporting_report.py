@@ -224,9 +224,40 @@ def test_preference_trainers_have_their_curves():
     assert [figure.title for figure in figures.figures(entries)] == ["Scores", "Implicit rewards", "KL divergence"]
 
 
+def test_nash_mds_metrics_are_called_what_they_are_there():
+    names = ("chosen", "rejected", "margins", "accuracies", "probabilities")
+    entries = [{"step": 1, "objective/kl": 0.1, "loss/kl": 0.1} | {f"rewards/{name}": 0.5 for name in names}]
+    drawn = figures.figures(entries)
+    assert [(figure.title, [curve.name for curve in figure.curves]) for figure in drawn] == [
+        ("Win probability", ["training"]), ("Scores", ["policy", "opponent"]), ("KL divergence", ["KL"]),
+    ]  # fmt: skip
+
+
+def test_the_entropy_of_whole_completions_is_not_called_a_mean_over_tokens():
+    (figure,) = figures.figures([{"step": 1, "objective/entropy": 40.0}])
+    assert (figure.title, figure.note[:4]) == ("Entropy of completions", "Sum ")
+
+
 def test_a_reward_that_is_no_share_is_not_called_accuracy():
     (figure,) = figures.figures([{"step": 1, "eval_rewards/cosine/mean": -0.5}])
     assert (figure.title, figure.percent) == ("Held-out rewards", False)
+
+
+def test_each_of_several_evaluation_datasets_has_its_curves():
+    metrics = {"loss": 0.1, "aux_loss": 0.1, "reward": 0.5, "rewards/accuracy/mean": 0.5}
+    entries = [{"step": 1} | {f"eval_{d}_{name}": value for name, value in metrics.items()} for d in ("math", "code")]
+    assert [(figure.title, [curve.name for curve in figure.curves]) for figure in figures.figures(entries)] == [
+        ("Reward", ["held-out math", "held-out code"]),
+        ("Held-out accuracy", ["accuracy (math)", "accuracy (code)"]),
+    ]
+
+
+def test_a_mean_of_other_rewards_than_0_and_1_is_not_called_accuracy(tmp_path):
+    entries = [{"step": 1, "eval_rewards/accuracy/mean": 0.3}]
+    for reward, title in ((0.6, "Held-out rewards"), (1.0, "Held-out accuracy"), (None, "Held-out accuracy")):
+        rows = [row(), row(reward=reward, mode="eval")]
+        page = Page(write_report(tmp_path / "r.html", title="t", history=entries, completions=rows))
+        assert page.titles == [title]
 
 
 # ---- long runs ------------------------------------------------------------------------------------------------------

@@ -151,6 +151,15 @@ def test_the_shortcut_agrees_with_math_verify(gold, answer, value, context):
 
 
 @pytest.mark.parametrize(
+    "gold", ["+5", r"\dfrac{15}{3}", r"+\tfrac{5}{1}", r" \frac{-5}{-1}", "5", r"$\dfrac{5}{1}$", "10/2"]
+)
+def test_a_gold_number_can_be_parsed_whatever_a_completion_looks_like(gold):
+    # The second and the last are left to math-verify.
+    answers = [r"\boxed{5}", r"$x = 5$, \boxed{5} = \boxed{5}", r"\boxed{4}", "4", r"\boxed{x + 4}"]
+    assert accuracy_reward(answers, [gold] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
     "text",
     [
         r"\boxed{3} and \boxed{4}",

@@ -11,6 +11,7 @@ import tiny
 import torch
 
 from slipstream.records import Completion, Prompt, Rollout
+from slipstream.rewards import rowwise
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.rewards import RewardRunner
 from slipstream.rollouts.sampler import PromptSampler, Slot, prompt_seed
@@ -119,6 +120,20 @@ class TestRewards:
         RewardRunner([lambda completions, **_: [None, torch.tensor(1.5)]], [None]).score(rows)
         assert [r.rewards for r in rows] == [[None], [1.5]]
 
+    def test_completions_that_nobody_scores_are_said_once(self, caplog):
+        def first(completions, **_):
+            return [None, None]
+
+        def second(completions, **_):
+            return [None, 1]
+
+        runner = RewardRunner([first, second], [None, None])
+        runner.score(rollouts(2))
+        [record] = caplog.records
+        assert "1 of 2 completions were scored None by every reward function (first, second)" in record.getMessage()
+        runner.score(rollouts(2))
+        assert len(caplog.records) == 1
+
     def test_async_functions_run_side_by_side(self):
         barrier = asyncio.Barrier(2)
 
@@ -144,6 +159,85 @@ class TestRewards:
             return rows[0].rewards
 
         assert asyncio.run(notebook()) == [1.0]
+
+    def test_what_async_functions_keep_serves_every_batch(self):
+        slots = asyncio.Semaphore(
+            1
+        )  # belongs to the loop in which it was first waited for, as a client's connections do
+
+        async def ask():
+            async with slots:
+                await asyncio.sleep(0)
+            return 1.0
+
+        async def asks_a_server(completions, **_):
+            return await asyncio.gather(*(ask() for _ in completions))
+
+        runner, rows = RewardRunner([asks_a_server], [None]), rollouts()
+        for _ in range(2):
+            runner.score(rows)
+            assert [r.rewards for r in rows] == [[1.0]] * 3
+
+    def test_when_an_async_function_fails_no_other_goes_on_in_the_next_batch(self):
+        fails, ends = True, []
+
+        async def first(completions, **_):
+            if fails:
+                raise RuntimeError("the judge is ill")
+            await asyncio.sleep(0)
+            return [0.0] * len(completions)
+
+        async def second(completions, **_):
+            try:
+                await asyncio.sleep(60 if fails else 0)
+            finally:
+                ends.append(fails)
+            return [0.0] * len(completions)
+
+        runner = RewardRunner([first, second], [None, None])
+        with pytest.raises(RuntimeError, match="the judge is ill"):
+            runner.score(rollouts())
+        assert ends == [True]
+        fails = False
+        runner.score(rollouts())
+        assert ends == [True, False]
+
+    @pytest.mark.parametrize("kind", ["plain", "async", "row-wise"])
+    def test_a_function_may_change_what_it_is_given(self, kind):
+        def changes(prompts, completions, completion_ids, goal, **_):
+            lengths = []
+            for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True):
+                prompt.extend(completion)
+                completion[0]["content"] += "!"
+                ids.pop()
+                lengths.append(len(prompt))
+            goal.clear()
+            return lengths
+
+        async def changes_later(**given):
+            return changes(**given)
+
+        def reads(prompts, completions, completion_ids, goal, **_):
+            seen.append((prompts, completions, completion_ids, goal))
+            return [0.0] * len(prompts)
+
+        async def reads_later(**given):
+            return reads(**given)
+
+        seen = []
+        functions = [changes_later, reads_later] if kind == "async" else [changes, reads]
+        runner = RewardRunner([rowwise(f) if kind == "row-wise" else f for f in functions], [None, None])
+        question, answer = {"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}
+        prompt = Prompt([1], {"prompt": [dict(question)], "goal": 4}, 0)
+        rows = [Rollout(prompt, Completion([5, 2], [-1.0, -1.0], 0, "stop"), [dict(answer)], False) for _ in range(2)]
+        with runner.streamed(lambda prompts, ids: [[dict(answer)] for _ in ids]) as streamed:
+            if streamed is not None:
+                streamed.begin([prompt], [2])(0, [r.completion.ids for r in rows])
+            runner.score(rows, streamed=streamed)
+        assert [r.rewards for r in rows] == [[2.0, 0.0]] * 2
+        assert seen == [([[question]] * 2, [[answer]] * 2, [[5, 2]] * 2, [4, 4])]
+        assert prompt.row == {"prompt": [question], "goal": 4}
+        assert [(r.text, r.completion.ids) for r in rows] == [([answer], [5, 2])] * 2
 
     def test_a_slow_async_function_ends_at_the_deadline(self):
         async def never(completions, **_):

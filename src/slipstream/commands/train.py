@@ -75,9 +75,7 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
         scorer = load_scorer(run_config, trainer_class)
         train, test = load_datasets(run_config, evaluates=args.eval_strategy != "no" or args.eval_on_start)
         if dry_run:
-            from slipstream.generation.build import check_sampling
-
-            check_sampling(args)
+            _check_the_rest(args, scorer, train, test)
     except (ValueError, NotImplementedError, FileNotFoundError) as error:
         sys.exit(f"slipstream {algorithm}: {error}")
     if dry_run:
@@ -108,6 +106,17 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
         conclude(trainer, seconds, steps=trainer.state.global_step)
     trainer.close()
     leave_process_group()
+
+
+def _check_the_rest(args: Any, scorer: dict[str, Any], train: Any, test: Any) -> None:
+    """What the trainer would check before it loads the model."""
+    from slipstream.generation.build import check_sampling
+    from slipstream.trainers import inputs
+
+    inputs.check_dataset("train_dataset", train)
+    inputs.check_dataset("eval_dataset", test)
+    inputs.reward_lists(scorer.get("reward_funcs"), None, args, scorer.get("judge"))
+    check_sampling(args)
 
 
 def _says_what_to_do(error: Exception) -> bool:
@@ -141,7 +150,9 @@ def read_settings(config: Path | None, options: list[str]) -> dict[str, Any]:
     while remaining:
         name = remaining.pop(0)
         if not name.startswith("--"):
-            raise ValueError(f"unexpected argument {name!r}: settings are given as `--field value`.")
+            raise ValueError(
+                f"unexpected argument {name!r}: settings are given as `--field value`, and lists as `--field '[a, b]'`."
+            )
         name, given, text = name[2:].partition("=")
         if not given:
             # A flag without a value is true, as in `--bf16`.

@@ -109,7 +109,10 @@ class ColocateEngine:
             # Every rank has one worker on its own device; this executor takes the device from LOCAL_RANK.
             options.setdefault("distributed_executor_backend", "external_launcher")
         if _alive:
-            raise RuntimeError("another ColocateEngine is alive in this process; close() it before making a new one")
+            raise RuntimeError(
+                "another ColocateEngine is alive in this process: close it before making a new one. A trainer's ends "
+                "with trainer.close(), and not when the trainer is deleted."
+            )
         self.version: int | None = None
         self.timings: in_place.Timings | None = None
         self._why_unusable: str | None = "no weights yet; call update_weights first"

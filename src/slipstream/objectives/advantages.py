@@ -1,4 +1,8 @@
-"""From rewards to advantages."""
+"""From rewards to advantages.
+
+Means and deviations are computed in float64: in float32 the mean of equal rewards is not always their value, and the
+difference, divided by next to nothing + 1e-4, would be an advantage that no reward has earned.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,9 @@ def combine_rewards(rewards_RF: Tensor, weights_F: Tensor) -> Tensor:
 
 def nanstd(values: Tensor, dim: int) -> Tensor:
     """Standard deviation with Bessel's correction over the values that are not NaN; 0 where fewer than two are left."""
-    count = (~values.isnan()).sum(dim=dim)
-    spread = (values - values.nanmean(dim=dim, keepdim=True)).square().nansum(dim=dim)
-    return torch.where(count > 1, (spread / (count - 1).clamp(min=1)).sqrt(), 0.0)
+    count, precise = (~values.isnan()).sum(dim=dim), values.double()
+    spread = (precise - precise.nanmean(dim=dim, keepdim=True)).square().nansum(dim=dim)
+    return torch.where(count > 1, (spread / (count - 1).clamp(min=1)).sqrt(), 0.0).to(values.dtype)
 
 
 def group_advantages(rewards_R: Tensor, group_size: int, scale: str = "group") -> Tensor:
@@ -36,13 +40,13 @@ def group_advantages(rewards_R: Tensor, group_size: int, scale: str = "group") -
 
     A row without a reward gets advantage 0 and does not enter any mean or standard deviation.
     """
-    groups = rewards_R.view(-1, group_size)
+    groups = rewards_R.double().view(-1, group_size)
     centered = groups - groups.nanmean(dim=1, keepdim=True)
     if scale == "group":
         centered = centered / (nanstd(groups, dim=1).unsqueeze(1) + STD_FLOOR)
     elif scale == "batch":
         centered = centered / (nanstd(rewards_R, dim=0) + STD_FLOOR)
-    return centered.nan_to_num(0.0).view(-1)
+    return centered.nan_to_num(0.0).view(-1).to(rewards_R.dtype)
 
 
 def decoupled_advantages(rewards_RF: Tensor, weights_F: Tensor, group_size: int) -> Tensor:
@@ -51,7 +55,8 @@ def decoupled_advantages(rewards_RF: Tensor, weights_F: Tensor, group_size: int)
 
     A row that no function scored gets advantage 0.
     """
-    groups = rewards_RF.view(-1, group_size, rewards_RF.shape[1])
+    groups = rewards_RF.double().view(-1, group_size, rewards_RF.shape[1])
     normalized = (groups - groups.nanmean(dim=1, keepdim=True)) / (nanstd(groups, dim=1).unsqueeze(1) + STD_FLOOR)
     total_R = combine_rewards(normalized.view_as(rewards_RF), weights_F)
-    return ((total_R - total_R.nanmean()) / (nanstd(total_R, dim=0) + STD_FLOOR)).nan_to_num(0.0)
+    advantages_R = (total_R - total_R.nanmean()) / (nanstd(total_R, dim=0) + STD_FLOOR)
+    return advantages_R.nan_to_num(0.0).to(rewards_RF.dtype)

@@ -41,13 +41,13 @@ def leave_one_out_advantages(rewards_R: Tensor, group_size: int, normalize: bool
 
     A row without a reward gets advantage 0 and enters no mean; so does the only row of its group that has one.
     """
-    groups = rewards_R.view(-1, group_size)
+    groups = rewards_R.double().view(-1, group_size)
     others = (~groups.isnan()).sum(dim=1, keepdim=True) - 1
     baseline = (groups.nansum(dim=1, keepdim=True) - groups) / others.clamp(min=1)
     advantages_R = torch.where(others > 0, groups - baseline, torch.nan).view(-1)
     if normalize:
         advantages_R = (advantages_R - advantages_R.nanmean()) / (nanstd(advantages_R, dim=0) + STD_FLOOR)
-    return advantages_R.nan_to_num(0.0)
+    return advantages_R.nan_to_num(0.0).to(rewards_R.dtype)
 
 
 def sequence_surrogate(

@@ -5,7 +5,7 @@ A figure whose metrics were never logged does not exist; nothing here fails on a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,7 +57,11 @@ class Figure:
 _RATIO = "sampling/importance_sampling_ratio"
 _DIFFERENCE = "sampling/sampling_logp_difference"
 
+# Only Nash-MD has it, whose metrics of pairs have the names of the others' and mean other things.
+_WINS = "rewards/probabilities"
+
 # Section, title, note, {metric: curve}, {option: value}. `band` is (lowest, highest, name), around the first curve.
+# `nash`: the figure is Nash-MD's alone (True), or the others' (False).
 _SPECS: tuple[tuple[str, str, str, dict[str, str], dict[str, Any]], ...] = (
     ("Learning", "Completion length", "Tokens of a completion", {
         "completions/mean_length": "training", "eval_completions/mean_length": "held-out",
@@ -71,14 +75,20 @@ _SPECS: tuple[tuple[str, str, str, dict[str, str], dict[str, Any]], ...] = (
     ("Learning", "Scores", "Mean score of the completions", {
         "objective/scores": "policy", "objective/model_scores": "policy", "objective/ref_scores": "reference",
     }, {}),
+    ("Learning", "Win probability", "Of the policy's completion against the opponent's", {
+        _WINS: "training", f"eval_{_WINS}": "held-out",
+    }, {"percent": True, "nash": True}),
+    ("Learning", "Scores", "Mean score of the completions", {
+        "rewards/chosen": "policy", "rewards/rejected": "opponent",
+    }, {"nash": True}),
     ("Learning", "Implicit rewards", "Of the preferred and the other completion of a pair", {
         "rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin",
-    }, {}),
+    }, {"nash": False}),
     ("Learning", "Preference accuracy", "Pairs whose preferred completion has the higher implicit reward", {
         "rewards/accuracies": "accuracy",
-    }, {"percent": True}),
+    }, {"percent": True, "nash": False}),
     ("Policy", "KL divergence", "From the reference model", {
-        "kl": "KL", "objective/kl": "KL", "loss/kl": "KL",
+        "kl": "KL", "objective/kl": "KL",
     }, {}),
     ("Policy", "Sampling ratio", "Trainer's probability over the sampler's", {
         f"{_RATIO}/mean": "mean",
@@ -86,12 +96,13 @@ _SPECS: tuple[tuple[str, str, str, dict[str, str], dict[str, Any]], ...] = (
     ("Policy", "Log-probability gap", "Between trainer and sampler on the same tokens", {
         f"{_DIFFERENCE}/mean": "mean",
     }, {"band": (f"{_DIFFERENCE}/mean", f"{_DIFFERENCE}/max", "up to max")}),
-    ("Policy", "Clipped tokens", "Share of tokens whose policy ratio the loss clips", {
+    ("Policy", "Clipped tokens", "Share of tokens (RLOO: of completions) whose policy ratio the loss clips", {
         "clip_ratio/region_mean": "either", "clip_ratio/low_mean": "low", "clip_ratio/high_mean": "high",
         "cispo_clip_ratio": "capped",
     }, {"percent": True}),
-    ("Policy", "Entropy", "Mean over completion tokens", {
-        "entropy": "entropy", "objective/entropy": "entropy",
+    ("Policy", "Entropy", "Mean over completion tokens", {"entropy": "entropy"}, {"unit": "nats"}),
+    ("Policy", "Entropy of completions", "Sum over a completion's tokens of minus their log-probability", {
+        "objective/entropy": "entropy",
     }, {"unit": "nats"}),
     ("Policy", "Loss", "Its height says little in policy gradients", {"loss": "loss"}, {}),
     ("Policy", "Gradient norm", "Before clipping", {"grad_norm": "norm"}, {}),
@@ -104,11 +115,19 @@ _SPECS: tuple[tuple[str, str, str, dict[str, str], dict[str, Any]], ...] = (
 )  # fmt: skip
 
 
-def figures(history: History) -> list[Figure]:
-    """All figures that `history` has metrics for, in the order a reader wants them."""
-    found = [_reward(history), _accuracy(history), _functions(history), _phases(history), _throughput(history)]
+def figures(history: History, graded: Collection[str] = ()) -> list[Figure]:
+    """All figures that `history` has metrics for, in the order a reader wants them.
+
+    Args:
+        history: `trainer.state.log_history`.
+        graded: Reward functions that are known to give other values than 0 and 1: their means are no accuracies.
+    """
+    found = [_reward(history), _accuracy(history, graded), _functions(history), _phases(history), _throughput(history)]
+    nash = bool(series(history, _WINS))
     for section, title, note, metrics, options in _SPECS:
-        style = {name: value for name, value in options.items() if name != "band"}
+        if options.get("nash", nash) is not nash:
+            continue
+        style = {name: value for name, value in options.items() if name not in ("band", "nash")}
         lines = [_line(history, metric, name) for metric, name in metrics.items() if series(history, metric)]
         if lines and "band" in options:
             low, high, band = options["band"]
@@ -142,15 +161,25 @@ def _reward(history: History) -> Figure:
                 low[step], high[step] = mean - deviation, mean + deviation
         figure.curves.append(_line(history, "reward", "training"))
         _surround(figure.curves[0], low, high, _STD)
-    if series(history, "eval_reward"):
-        figure.curves.append(_line(history, "eval_reward", "held-out"))
+    for prefix, name in _held_out(history).items():
+        if series(history, f"{prefix}reward"):
+            figure.curves.append(_line(history, f"{prefix}reward", f"held-out {name}".rstrip()))
     return figure
 
 
-def _accuracy(history: History) -> Figure:
-    names = [n for n in names_between(history, "eval_rewards/", "/mean") if series(history, f"eval_rewards/{n}/mean")]
-    curves = [_line(history, f"eval_rewards/{name}/mean", name) for name in names]
-    shares = all(v is None or 0 <= v <= 1 for curve in curves for v in curve.y)
+def _held_out(history: History) -> dict[str, str]:
+    """What metrics of evaluations begin with, and the name of their dataset where there are several."""
+    return {"eval_": ""} | {f"eval_{name}_": name for name in names_between(history, "eval_", "_loss")}
+
+
+def _accuracy(history: History, graded: Collection[str]) -> Figure:
+    curves, names = [], set()
+    for prefix, dataset in _held_out(history).items():
+        for name in names_between(history, f"{prefix}rewards/", "/mean"):
+            if series(history, metric := f"{prefix}rewards/{name}/mean"):
+                curves.append(_line(history, metric, f"{name} ({dataset})" if dataset else name))
+                names.add(name)
+    shares = all(v is None or 0 <= v <= 1 for curve in curves for v in curve.y) and names.isdisjoint(graded)
     title = "Held-out accuracy" if shares else "Held-out rewards"
     return Figure("Learning", title, "Mean of each reward function on the held-out prompts", curves, percent=shares)
 

@@ -155,6 +155,10 @@ class ProgressReporter(TrainerCallback):
         return Text("  ").join(parts)
 
     def _evaluation_line(self, step: int, metrics: Mapping[str, Any]) -> Text:
+        # Of several evaluation datasets, each has its name before its metrics: eval_<name>_loss.
+        losses = [name for name in metrics if name.endswith("loss")]
+        dataset = "" if "loss" in losses else min(losses, key=len, default="").removesuffix("loss")
+        metrics = {name.removeprefix(dataset): value for name, value in metrics.items()}
         names = ["reward", "loss"] if "reward" not in metrics else ["reward"]
         names += [f"rewards/{name}/mean" for name in names_between([metrics], "rewards/", "/mean")]
         parts = [
@@ -166,7 +170,8 @@ class ProgressReporter(TrainerCallback):
             parts.append(f"length {number(metrics['completions/mean_length'])}")
         if is_number(metrics.get("runtime")):
             parts.append(f"in {duration(metrics['runtime'])}")
-        return Text.assemble((f"step {step}  held-out  ", "bold cyan"), "  ".join(parts))
+        title = f"held-out {dataset.removesuffix('_')}".rstrip()
+        return Text.assemble((f"step {step}  {title}  ", "bold cyan"), "  ".join(parts))
 
     def _print_plain(self, always: bool = False) -> None:
         waited = self._now() - self._printed_at >= self.plain_every_seconds

@@ -57,7 +57,9 @@ def write_report(
     from plotly.offline import get_plotlyjs
 
     path = Path(path)
-    drawn = figures(history)
+    drawn = figures(
+        history, {name for row in completions for name in row.rewards if row.rewards[name] not in (0, 1, None)}
+    )
     browser = samples(completions)
     scripts = [get_plotlyjs().replace("\r\n", "\n"), (_HERE / "report.js").read_text(encoding="utf-8")]
     environment = jinja2.Environment(

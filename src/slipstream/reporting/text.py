@@ -43,10 +43,11 @@ def number(value: float | None) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
     size = abs(value)
-    if size >= 1e6:
-        power, letter = (9, "B") if size >= 1e9 else (6, "M")
-        return f"{value / 10**power:.3g}{letter}" if size < 1e12 else f"{value:.3g}"
-    if size >= 1000 or value == int(value):
+    # Three digits of 999.7 are 1e+03: where rounding reaches the next unit, it is written in that.
+    if size >= 999_999.5:
+        power, letter = (9, "B") if size >= 999.5e6 else (6, "M")
+        return f"{value / 10**power:.3g}{letter}" if size < 999.5e9 else f"{value:.3g}"
+    if size >= 999.5 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.3g}" if size >= 1e-3 else f"{value:.1e}"
 

@@ -16,6 +16,7 @@ LogExtra = Callable[[str, list[Any]], None]
 _DECIMAL = r"[+-]?\d{1,40}(?:\.\d{1,40})?"
 _NUMBER = rf"(?:{_DECIMAL}|[+-]?\d{{1,40}}/\d{{1,40}}|[+-]?\\[dt]?frac\{{[+-]?\d{{1,40}}\}}\{{\d{{1,40}}\}})"
 _FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{([+-]?\d+)\}\{(\d+)\}")
+_BIG_FRACTION = re.compile(r"\\[dt]frac")
 _BARE = re.compile(rf"\s*{_DECIMAL}\s*")
 _GOLD = re.compile(rf"\s*(?:\$\s*({_NUMBER})\s*\$|\\boxed\{{\s*({_NUMBER})\s*\}}|({_NUMBER}))\s*")
 # One box with nothing but a number in it. What may change its meaning (a per cent sign, a stated "final answer"
@@ -118,8 +119,12 @@ def _score(
 
 
 def _gold_text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str):
+        bare = _GOLD.fullmatch(value)
+        # Outside of marked mathematics, math-verify reads \frac{7}{3} and 5, but neither \dfrac{7}{3} nor +5.
+        return _BIG_FRACTION.sub(r"\\frac", bare[3]).removeprefix("+") if bare and bare[3] else value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise TypeError(f"a solution must be a string, a number or None, got {type(value).__name__} {value!r}")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import inspect
+import logging
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
@@ -18,6 +21,8 @@ from slipstream.records import Rollout
 from slipstream.rollouts.reward_models import score_with_model
 from slipstream.rollouts.streamed import Render, StreamedRewards, refuse_metric
 
+logger = logging.getLogger(__name__)
+
 RewardFunction = Callable[..., Any]
 OWN_ARGUMENTS = {
     "prompt", "completion", "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
@@ -29,9 +34,9 @@ class RewardRunner:
 
     A reward function is called as `f(prompts=, completions=, completion_ids=, **columns, trainer_state=, log_extra=,
     log_metric=)`, where `columns` are the dataset's other columns, and returns one number (or None: cannot be scored)
-    a completion. Coroutine functions run concurrently; those marked as row-wise (`slipstream.rewards.rowwise`) while
-    the engine samples, see `streamed`. A sequence-classification model is a reward function too: its reward is logit 0
-    of prompt and completion.
+    a completion. The lists are its own: it may change them. Coroutine functions run concurrently, always in the same
+    event loop; those marked as row-wise (`slipstream.rewards.rowwise`) while the engine samples, see `streamed`. A
+    sequence-classification model is a reward function too: its reward is logit 0 of prompt and completion.
 
     Args:
         functions: Functions, or sequence-classification models.
@@ -49,6 +54,8 @@ class RewardRunner:
         self.tokenizers = list(tokenizers)
         self.timeout = timeout
         self.names = reward_names(self.functions)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._told_of_unscored = False
 
     @contextlib.contextmanager
     def streamed(self, render: Render, trainer_state: Any = None) -> Iterator[StreamedRewards | None]:
@@ -63,7 +70,7 @@ class RewardRunner:
 
         def call(number: int, given: dict[str, Any], columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> Any:
             arguments = given | {"trainer_state": trainer_state} | _columns(rows, columns)
-            return _as_list(self.names[number], self.functions[number](**arguments), len(rows))
+            return _as_list(self.names[number], self.functions[number](**_own(arguments)), len(rows))
 
         streamed = StreamedRewards(list(functions), call, render)
         try:
@@ -110,14 +117,52 @@ class RewardRunner:
                     arguments["log_extra"](column, logged)
             else:
                 own = {"log_metric": refuse_metric} if _is_rowwise(function) else {}
-                values[i] = function(**arguments | own)
+                values[i] = function(**_own(arguments) | own)
         if waiting:
-            results = _run_async([f(**arguments) for f in waiting.values()], self.timeout, list(waiting.values()))
-            for i, result in zip(waiting, results, strict=True):
+            for i, result in zip(waiting, self._run_async(list(waiting.values()), arguments), strict=True):
                 values[i] = result
         columns = [_checked(name, v, len(rollouts)) for name, v in zip(self.names, values, strict=True)]
         for i, rollout in enumerate(rollouts):
             rollout.rewards = [column[i] for column in columns]
+        unscored = sum(all(value is None for value in rollout.rewards) for rollout in rollouts)
+        if unscored and columns and not self._told_of_unscored:
+            self._told_of_unscored = True
+            logger.warning(
+                "%d of %d completions were scored None by every reward function (%s): nothing is learnt from them. "
+                "This is said once.",
+                unscored, len(rollouts), ", ".join(self.names),
+            )  # fmt: skip
+
+    def _run_async(self, functions: list[Any], arguments: dict[str, Any]) -> list[Any]:
+        async def all_of_them() -> list[Any]:
+            deadline = asyncio.timeout(self.timeout)
+            tasks: list[asyncio.Task[Any]] = []
+            try:
+                async with deadline:
+                    for function in functions:
+                        tasks.append(asyncio.ensure_future(function(**_own(arguments))))
+                    return await asyncio.gather(*tasks)
+            except TimeoutError as error:
+                if not deadline.expired():
+                    raise  # one of the functions' own
+                names = ", ".join(_name(f) for f in functions)
+                raise TimeoutError(
+                    f"the asynchronous reward functions ({names}) were not done after reward_timeout={self.timeout} "
+                    "seconds: raise reward_timeout, or give their requests a shorter one."
+                ) from error
+            finally:
+                # Those that are left when one has failed would wait in the loop for the next batch.
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+        if self._loop is None:
+            # One for all batches: a client or a lock that a function keeps belongs to the loop it was first used in.
+            self._loop = asyncio.new_event_loop()
+            weakref.finalize(self, self._loop.close)
+        # In a thread of its own: the caller may already have a loop running (a notebook has).
+        with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
+            return pool.submit(self._loop.run_until_complete, all_of_them()).result()
 
 
 def reward_names(functions: Sequence[Any]) -> list[str]:
@@ -172,24 +217,14 @@ def _columns(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, 
     return {name: [row.get(name) for row in rows] for name in names if name not in OWN_ARGUMENTS}
 
 
-def _run_async(coroutines: list[Any], timeout: float, functions: list[Any]) -> list[Any]:
-    async def all_of_them() -> list[Any]:
-        deadline = asyncio.timeout(timeout)
-        try:
-            async with deadline:
-                return await asyncio.gather(*coroutines)
-        except TimeoutError as error:
-            if not deadline.expired():
-                raise  # one of the functions' own
-            names = ", ".join(_name(f) for f in functions)
-            raise TimeoutError(
-                f"the asynchronous reward functions ({names}) were not done after reward_timeout={timeout} seconds: "
-                "raise reward_timeout, or give their requests a shorter one."
-            ) from error
+def _own(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one function: what it changes is neither another's, nor what is learnt from, nor the dataset's.
 
-    # A loop in a thread of its own: the caller may already have one running (a notebook has).
-    with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
-        return pool.submit(asyncio.run, all_of_them()).result()
+    Completions of a prompt have the same prompt object. What columns hold is not copied: it may be large.
+    """
+    own = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    copies = {name: [copy.deepcopy(one) for one in own[name]] for name in ("prompts", "completions")}
+    return own | copies | {"completion_ids": [list(ids) for ids in own["completion_ids"]]}
 
 
 def _as_list(name: str, values: Any, expected: int) -> list[Any]:

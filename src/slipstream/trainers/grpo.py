@@ -70,14 +70,19 @@ class GRPOConfig(EntropyConfig):
             )
         if self.loss_type == "vespo" and self.importance_sampling_level != "token":
             raise ValueError("loss_type='vespo' weights whole rows itself: set importance_sampling_level='token'.")
-        mode, corrects = self.vllm_importance_sampling_mode, self.vllm_importance_sampling_correction
-        if self.loss_type == "vespo" and self.use_vllm and corrects and not mode.startswith("token_"):
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            self.check_correction_of_vespo()
+        if self.max_tool_calling_iterations is not None:
+            number("max_tool_calling_iterations", self.max_tool_calling_iterations, least=1, integer=True)
+
+    def check_correction_of_vespo(self) -> None:
+        """Raise ValueError if `vespo` would be given the sampler correction of whole rows."""
+        mode = self.vllm_importance_sampling_mode
+        if self.loss_type == "vespo" and not mode.startswith("token_"):
             raise ValueError(
                 f"loss_type='vespo' multiplies the ratios of a row's tokens, so vllm_importance_sampling_mode={mode!r} "
                 "would count them twice: set it to 'token_truncate' or 'token_mask'."
             )
-        if self.max_tool_calling_iterations is not None:
-            number("max_tool_calling_iterations", self.max_tool_calling_iterations, least=1, integer=True)
 
 
 class GRPOTrainer(EntropyTrainer):
@@ -192,6 +197,8 @@ class GRPOTrainer(EntropyTrainer):
         if args.loss_type == "sapo":
             return losses.sapo(ratio, advantages, args.sapo_temperature_pos, args.sapo_temperature_neg)
         if args.loss_type == "vespo":
+            if correction is not None:
+                args.check_correction_of_vespo()  # again: a rollout_func may know log-probabilities without vLLM
             phi_B = losses.vespo_weights(
                 log_ratio, correction, batch.advantages_B, mask, batch.rows_N,
                 positive=(args.vespo_k_pos, args.vespo_lambda_pos), negative=(args.vespo_k_neg, args.vespo_lambda_neg),

@@ -139,13 +139,14 @@ class PolicyGradientTrainer(OnlineTrainer):
                 rollout.in_loss = rollout.in_loss and not rollout.truncated
         rewards_RF = self.reward_table(rollouts)
         every_RF = self.accelerator.gather(rewards_RF)
-        advantages_R = self.advantages(every_RF, rollouts, group_size)
+        counts = torch.arange(len(rollouts), device=self.accelerator.device) < real
+        counts_R = self.accelerator.gather(counts)
+        # Rows that fill up have no part in what is normalized over all of them.
+        advantages_R = self.advantages(every_RF.where(counts_R.unsqueeze(1), torch.nan), rollouts, group_size)
         first = self.accelerator.process_index * len(rollouts)
         for rollout, advantage in zip(rollouts, advantages_R[first : first + len(rollouts)].tolist(), strict=True):
             rollout.advantage = advantage
-        counts = torch.arange(len(rollouts), device=self.accelerator.device) < real
-        counted_RF = every_RF[self.accelerator.gather(counts)]
-        return reward_metrics(counted_RF, self.reward_weights_F, self.rewards.names, group_size)
+        return reward_metrics(every_RF[counts_R], self.reward_weights_F, self.rewards.names, group_size)
 
     @property
     def needs_old_logps(self) -> bool:

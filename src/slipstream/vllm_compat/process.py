@@ -10,6 +10,7 @@
 | running a model by transformers' code, decorates the trainer's own model class | `keep_model_classes` |
 | compiles parts of its sampler, on CPU | `uncompile_sampler` |
 | freezes the objects alive at start out of garbage collection | undone when the engine ends |
+| keeps the error of an import that failed, and with it the frames of whoever imported it | `forget_callers` |
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def start(options: dict[str, Any]) -> tuple[Any, bool]:
     if joined and options.get("distributed_executor_backend") == "external_launcher":
         os.environ.setdefault("RANK", str(dist.get_rank()))
         os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
-    with warnings.catch_warnings():
+    with forget_callers(), warnings.catch_warnings():
         # vLLM reads every attribute of every loaded module once, deprecated ones as well.
         warnings.simplefilter("ignore", FutureWarning)
         try:
@@ -167,6 +168,23 @@ def keep_process_group() -> None:
     """
     core: Any = importlib.import_module("vllm.v1.engine.core")
     core.cleanup_dist_env_and_memory = functools.partial(leave_groups, own_group=False)
+
+
+@contextmanager
+def forget_callers() -> Iterator[None]:
+    """Afterwards, vLLM's modules keep no frames of those that called them.
+
+    They keep the error of an import that failed, such as torchcodec's. Its traceback holds all frames up to the trainer
+    in whose `__init__` vLLM was imported: that trainer, its model and its optimizer would never be freed.
+    """
+    try:
+        yield
+    finally:
+        modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "vllm"]
+        for kept in [value for module in modules for value in list(vars(module).values())]:
+            # Of stand-ins for packages that are missing, only the type can be asked.
+            while issubclass(type(kept), BaseException):
+                kept.__traceback__, kept = None, kept.__context__
 
 
 def leave_groups(*, own_group: bool) -> None:
