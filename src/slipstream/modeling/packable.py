@@ -20,9 +20,7 @@ TRIAL = ((9, 7), (9, 5), (6, 8))
 TOLERANCE = 0.1
 
 
-def obstacle(
-    model: nn.Module, head: nn.Module, device: torch.device | None = None, *, counts: bool = True
-) -> str | None:
+def obstacle(model: nn.Module, head: nn.Module) -> str | None:
     """Why `model` cannot be trained on packed rows; None if it can.
 
     It is run on a few tokens: on padded rows; on the same rows packed, two of which share a prompt; on these with one
@@ -32,8 +30,6 @@ def obstacle(
     Args:
         model: The (possibly wrapped) causal language model.
         head: Its output embedding.
-        device: Where ranks can exchange their answers; None: where the model is.
-        counts: Whether what this rank finds counts.
     """
     weight = cast(Tensor, head.weight)
     chunks = {getattr(getattr(m, "config", None), "attention_chunk_size", None) for m in model.modules()} - {None}
@@ -42,10 +38,8 @@ def obstacle(
         reason: str | None = f"attention_chunk_size={chunks.pop()}: attention in chunks"
     else:
         reason = _trial(model, head, weight)
-    if not counts:
-        reason = None
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        found = torch.tensor(float(reason is not None), device=device or weight.device)
+        found = torch.tensor(float(reason is not None), device=weight.device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         if found > 0 and reason is None:
             reason = "it does not work on another rank"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from slipstream.generation.guest import RandomStates
 from slipstream.modeling.attention import packed_attention
@@ -23,6 +24,16 @@ from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.trainers.loop import SlotLoop
 from slipstream.trainers.metrics import Clock, Tally
 from slipstream.trainers.sharding import is_sharded
+
+
+class _WhenDivided(TrainerCallback):
+    """Tries packed rows on a model when transformers has divided it over the ranks."""
+
+    def __init__(self, trainer: Learning) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.try_packing(self.trainer.packer)
 
 
 class Learning(SlotLoop):
@@ -41,24 +52,30 @@ class Learning(SlotLoop):
 
     def make_packer(self) -> Packer:
         """What makes micro-batches: packed ones, if they are asked for and the models allow it."""
-        args, why = self.args, None
-        if args.packing:
-            why = self._obstacle()
-            if why:
-                warnings.warn(
-                    f"packing=True: rows are padded instead of packed, since {why}.", UserWarning, stacklevel=3
-                )
-        return Packer(
+        args = self.args
+        packer = Packer(
             args.micro_batch_rows,
             self.renderer.tokenizer.pad_token_id,
             self.accelerator.device,
             args.pad_to_multiple_of,  # type: ignore[arg-type]  # the config has resolved it
-            packed=args.packing and why is None,
+            packed=args.packing,
             # A shared prompt would count once in the balance of experts.
             share_prompts=args.share_prompts and not self.scoring_options().get("router_loss"),
             max_tokens=args.max_tokens_per_micro_batch,
             agree=self._most_of_all_ranks,
         )
+        if is_sharded(self.accelerator):
+            # Until then the model is on the CPU, and maybe on one rank alone.
+            self.add_callback(_WhenDivided(self))
+        else:
+            self.try_packing(packer)
+        return packer
+
+    def try_packing(self, packer: Packer) -> None:
+        """Let rows be padded where the models do not allow packed ones."""
+        if packer.packed and (why := self._obstacle()):
+            packer.packed = False
+            warnings.warn(f"packing=True: rows are padded instead of packed, since {why}.", UserWarning, stacklevel=4)
 
     def _obstacle(self) -> str | None:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -66,11 +83,8 @@ class Learning(SlotLoop):
         for model in (self.model, self.reference):
             if model is not None:
                 head = self.accelerator.unwrap_model(model).get_output_embeddings()
-                # A policy that will be divided may be there on one rank, and zeros on the others. These try it as well:
-                # how its logits come about is found out on the way, where it still takes no other rank.
-                counts = self.accelerator.is_main_process or model is self.reference or not is_sharded(self.accelerator)
                 with self.compute_loss_context_manager():
-                    why = obstacle(model, head, self.accelerator.device, counts=counts)
+                    why = obstacle(model, head)
                 if why:
                     return f"{type(self.accelerator.unwrap_model(model)).__name__} cannot be packed: {why}"
         return None
