@@ -48,6 +48,13 @@ def test_a_dict_of_splits_is_not_rows_to_train_on(tiny_model, tmp_path, splits):
         make(tiny_model, tmp_path, SHORT).predict(rows)
 
 
+def test_no_model_and_no_rows_to_evaluate_on_show_before_anything_loads(tmp_path):
+    with pytest.raises(TypeError, match="model=None is neither a name or folder nor a model"):
+        make(None, tmp_path, SHORT)
+    with pytest.raises(ValueError, match="eval_strategy='steps' needs an eval_dataset: pass one"):
+        make(str(tmp_path / "no model"), tmp_path, SHORT, eval_strategy="steps")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -146,6 +146,7 @@ class TestOptions:
             (["--model", "m", "--model-impl", "vllm"], "--model-impl is --vllm-model-impl here"),
             (["--model", "m", "--api-key", "k"], "set SLIPSTREAM_API_KEY instead"),
             ([], "model is missing: give it as --model"),
+            (["--model", "/no/such"], "model='/no/such': there is no such folder"),
             (["--model", "m", "--port", "70000"], "port=70000 is not allowed: it must be an integer >= 0 and <= 65535"),
             (["--model", "m", "--vllm-model-impl", "hf"], "vllm_model_impl='hf' is not one of 'vllm', 'transformers'"),
             (["--model", "m", "--dtype", "fp16"], "dtype='fp16' is not one of 'auto', 'float32', 'bfloat16'"),

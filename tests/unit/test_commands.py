@@ -14,6 +14,7 @@ from slipstream import GRPOConfig
 from slipstream.commands.loading import load_datasets, load_reward_function
 from slipstream.commands.outcome import conclude
 from slipstream.commands.train import _says_what_to_do, parse_settings, read_settings
+from slipstream.version import __version__
 
 NEEDED = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": "accuracy_reward", "output_dir": "o"}
 
@@ -22,6 +23,10 @@ def slipstream(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "slipstream", *map(str, arguments)], capture_output=True, text=True, timeout=600
     )
+
+
+def test_the_version():
+    assert slipstream("--version").stdout == f"{__version__}\n"
 
 
 class TestSettings:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from slipstream import version
 from slipstream.commands import vllm_serve
 
 app = typer.Typer(
@@ -18,6 +19,21 @@ app = typer.Typer(
 
 # Fields of the configuration are options too: `--learning_rate 1e-5` and `--learning-rate=1e-5`.
 FREE_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _slipstream(
+    show: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 TRAINERS = {

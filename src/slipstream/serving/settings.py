@@ -89,6 +89,8 @@ class Settings:
         for name in ("model", "dtype", "kv_cache_dtype", "host"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be text.")
+        if self.model.startswith(("/", "./", "../", "~")) and not os.path.exists(self.model):
+            raise ValueError(f"model={self.model!r}: there is no such folder.")
         for name in (
             "tensor_parallel_size", "data_parallel_size", "max_body_size", "max_prompts", "max_completions",
             "max_request_tokens",
