@@ -24,6 +24,7 @@ from slipstream.serving.shared_file import SharedFile, remove_abandoned
 def without_model(tmp_path_factory):
     """A server whose model is not there, and where; to import vLLM takes it seconds."""
     folder = tmp_path_factory.mktemp("none")
+    (folder / "none").mkdir()
     started = start("--model", folder / "none", "--host", "127.0.0.1", "--port", 0, env={"XDG_STATE_HOME": str(folder)})
     yield started, folder
     started.kill()
@@ -211,7 +212,7 @@ class TestProgram:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             port = taken.getsockname()[1]
-            done = run("--model", tmp_path / "none", "--host", "127.0.0.1", "--port", port)
+            done = run("--model", tmp_path, "--host", "127.0.0.1", "--port", port)
         assert done.returncode == 1
         assert done.stderr.strip() == (
             f"slipstream vllm-serve: cannot listen on port {port} of 127.0.0.1: Address already in use. "
@@ -263,7 +264,7 @@ class TestProgram:
         assert "SLIPSTREAM_API_KEY" in done.stderr
         assert "Traceback" not in done.stderr
 
-    def test_a_model_that_is_not_there_ends_the_server_with_the_reason(self, without_model):
+    def test_a_folder_without_a_model_ends_the_server_with_the_reason(self, without_model):
         process, folder = without_model
         errors = process.communicate(timeout=120)[1]
         assert process.returncode == 1

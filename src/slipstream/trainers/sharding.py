@@ -63,7 +63,7 @@ def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Modu
 
     Every rank needs weights for that on one of them alone: the others may have zeros.
     """
-    if accelerator.is_fsdp2:
+    if is_sharded(accelerator):
         from accelerate.utils import fsdp2_prepare_model
 
         return fsdp2_prepare_model(accelerator, reference)
