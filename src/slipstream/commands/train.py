@@ -113,8 +113,7 @@ def _check_the_rest(args: Any, scorer: dict[str, Any], train: Any, test: Any) ->
     from slipstream.generation.build import check_sampling
     from slipstream.trainers import inputs
 
-    inputs.check_dataset("train_dataset", train)
-    inputs.check_dataset("eval_dataset", test)
+    inputs.check_rows(args, train, test)
     inputs.reward_lists(scorer.get("reward_funcs"), None, args, scorer.get("judge"))
     check_sampling(args)
 

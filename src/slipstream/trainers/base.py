@@ -12,7 +12,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import IntervalStrategy, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from slipstream import vllm_compat
 from slipstream.config import OnlineConfig
@@ -77,13 +77,7 @@ class OnlineTrainer(Evaluating):
         if not isinstance(model, str | nn.Module):
             raise TypeError(f"model={model!r} is neither a name or folder nor a model: pass one of these.")
         args = self._checked_args(args, model)
-        inputs.check_dataset("train_dataset", train_dataset)
-        inputs.check_datasets("eval_dataset", eval_dataset)
-        if eval_dataset is None and args.eval_strategy != "no":
-            raise ValueError(
-                f"eval_strategy={IntervalStrategy(args.eval_strategy).value!r} needs an eval_dataset: pass one, or "
-                "leave eval_strategy out."
-            )
+        inputs.check_rows(args, train_dataset, eval_dataset)
         functions, tokenizers = inputs.reward_lists(reward_funcs, reward_processing_classes, args, self.judge)
         loading.check_adapter(model, peft_config)
         if train_dataset is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
+from transformers.trainer_utils import IntervalStrategy
 
 from slipstream.config import OnlineConfig
 from slipstream.modeling.rope import original_length
@@ -58,6 +59,17 @@ def loaded_dataset(loader: DataLoader) -> Any:
 def first(batch: list[Any]) -> Any:
     """Collate batches of one."""
     return batch[0]
+
+
+def check_rows(config: OnlineConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    """Raise an error unless these are rows to train and to evaluate on, as far as `config` asks for that."""
+    check_dataset("train_dataset", train_dataset)
+    check_datasets("eval_dataset", eval_dataset)
+    if eval_dataset is None and config.eval_strategy != "no":
+        raise ValueError(
+            f"eval_strategy={IntervalStrategy(config.eval_strategy).value!r} needs an eval_dataset: pass one, or "
+            "leave eval_strategy out."
+        )
 
 
 def check_datasets(name: str, dataset: Any) -> None:

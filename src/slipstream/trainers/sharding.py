@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, str_to_bool
 from torch import nn
 from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from slipstream.environment import variable
 
 if TYPE_CHECKING:
     from slipstream.config import OnlineConfig
@@ -70,21 +71,12 @@ def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Modu
     return accelerator.prepare_model(reference, evaluation_mode=True)
 
 
-@contextmanager
-def whole_models() -> Iterator[None]:
+def whole_models() -> AbstractContextManager[None]:
     """Let `from_pretrained` read all weights on every rank, for models that are not divided.
 
     Otherwise transformers gives all ranks of a machine but one a model of zeros, to be filled when it is divided.
     """
-    before = os.environ.get(LOADS_ON_ONE_RANK)
-    os.environ[LOADS_ON_ONE_RANK] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[LOADS_ON_ONE_RANK]
-        else:
-            os.environ[LOADS_ON_ONE_RANK] = before
+    return variable(LOADS_ON_ONE_RANK, "false")
 
 
 def _is_set(name: str) -> bool:

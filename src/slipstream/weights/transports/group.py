@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slipstream.environment import variable
 from slipstream.serving.wire import TensorSpec
 from slipstream.weights.buckets import Inspection, Packer, bucket_checksum, views
 from slipstream.weights.layout import layout
 from slipstream.weights.transports.http_store import HttpStore
-from slipstream.weights.transports.interfaces import environment, nccl_on
+from slipstream.weights.transports.interfaces import nccl_on
 
 __all__ = ["Group", "GroupError", "HttpStore", "join", "leave", "receive", "send"]
 
@@ -241,7 +242,7 @@ def _make_nccl(store: HttpStore, rank: int, world_size: int, timeout: float, add
     torch.cuda.set_device(device)
     # With it `wait` has the group's timeout and raises. Without it a watchdog ends the whole process when a member is
     # gone. It is read when a group is made; the trainer's other groups are not to have it.
-    with environment("TORCH_NCCL_BLOCKING_WAIT", "1"):
+    with variable("TORCH_NCCL_BLOCKING_WAIT", "1"):
         return dist.ProcessGroupNCCL(store, rank, world_size, options)
 
 

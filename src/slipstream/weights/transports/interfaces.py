@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from psutil import net_if_addrs
 
+from slipstream.environment import variable
+
 VARIABLE = "NCCL_SOCKET_IFNAME"
 
 
@@ -36,22 +38,8 @@ def nccl_on(address: str) -> Iterator[None]:
     if VARIABLE in os.environ or several or name is None:
         yield
         return
-    with environment(VARIABLE, f"={name}"):  # the sign is for this very name, and not all that begin with it
+    with variable(VARIABLE, f"={name}"):  # the sign is for this very name, and not all that begin with it
         yield
-
-
-@contextlib.contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    """Set a variable for as long as this lasts."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
