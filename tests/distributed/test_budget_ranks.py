@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import torchrun
 
 SCRIPT = Path(__file__).with_name("run_budget.py")
 
@@ -19,12 +18,8 @@ def train(model, folder, **settings):
         "max_steps": 2, "save_strategy": "no",
     } | settings  # fmt: skip
     folder.mkdir()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT),
-        str(model), str(folder), json.dumps(settings),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    started = torchrun(SCRIPT, model, folder, json.dumps(settings))
+    done = subprocess.run(**started, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import torchrun
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "run_grpo.py"
@@ -17,13 +16,8 @@ SCRIPT = Path(__file__).parent / "run_grpo.py"
 def launch(model, folder, ranks, **settings):
     """Train on `ranks` ranks; return the saved tensors and each rank's log history."""
     folder.mkdir()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"}
-    # torchrun, since accelerate starts several CPU processes only through MPI; --standalone takes a free port.
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-        str(SCRIPT), str(model), str(folder), json.dumps({"max_steps": 2, "use_cpu": True} | settings),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    started = torchrun(SCRIPT, model, folder, json.dumps({"max_steps": 2, "use_cpu": True} | settings), ranks=ranks)
+    done = subprocess.run(**started, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     histories = [json.loads((folder / f"rank{r}.json").read_text()) for r in range(ranks)]
     return load_file(folder / "model.safetensors"), histories

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import torchrun
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parents[1] / "integration" / "resumable.py"
@@ -22,12 +21,8 @@ SETTINGS = {
 
 def start(model, folder, fate):
     folder.mkdir(exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT), str(model),
-        str(folder), json.dumps(SETTINGS), fate,
-    ]  # fmt: skip
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = torchrun(SCRIPT, model, folder, json.dumps(SETTINGS), fate)
+    return subprocess.Popen(**started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(run):

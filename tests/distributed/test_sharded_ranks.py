@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
+from launching import torchrun
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("run_sharded.py")
 
 
 def launch(models, folder, kind, *names):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT),
-        *map(str, models), str(folder), kind, *names,
-    ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    started = torchrun(SCRIPT, *models, folder, kind, *names)
+    done = subprocess.run(**started, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

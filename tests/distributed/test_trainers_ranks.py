@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import torchrun
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "run_trainers.py"
@@ -21,12 +20,8 @@ METRICS = {
 
 
 def start(model, folder, ranks, prompts):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-        str(SCRIPT), str(model), str(folder), str(prompts),
-    ]  # fmt: skip
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = torchrun(SCRIPT, model, folder, prompts, ranks=ranks)
+    return subprocess.Popen(**started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture(scope="module")

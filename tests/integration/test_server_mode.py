@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
 import pytest
 import rounds
 import torch
+from launching import torchrun
 from safetensors.torch import load_file
 from serving.servers import start_server
 
@@ -35,17 +34,14 @@ def train(model, folder, server=None, ranks=1, **settings):
     """Train two steps, with an evaluation before and after; return the saved tensors, rank 0's log, and what was
     sampled by all ranks: the greedy completions of the evaluations, and those of the steps."""
     folder.mkdir()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"}
+    key = {}
     if server is not None:
-        environment["SLIPSTREAM_API_KEY"] = server.key
+        key["SLIPSTREAM_API_KEY"] = server.key
         settings |= {"vllm_mode": "server", "vllm_server_base_url": server.url, "vllm_server_timeout": 240}
     settings = {"per_device_train_batch_size": 12 // ranks} | settings
     settings = {"max_steps": 2, "use_cpu": True, "eval_on_start": True} | settings
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-        str(SCRIPT), str(model), str(folder), json.dumps(settings),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    started = torchrun(SCRIPT, model, folder, json.dumps(settings), ranks=ranks, **key)
+    done = subprocess.run(**started, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     # An evaluation is padded to whole batches of all ranks: a set has each of its rows once.
     sampled = {

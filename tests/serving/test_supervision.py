@@ -32,6 +32,10 @@ REPORT = wire.ReplicaReport(
 )
 
 
+async def info(request):
+    return Response(wire.encode(REPORT), media_type=wire.MSGPACK)
+
+
 @contextlib.asynccontextmanager
 async def watched(bring_up, info, generate=None):
     """A server's replicas, of which the only one is ready, watched, and answered for by `info` and `generate`."""
@@ -62,9 +66,6 @@ def test_a_replica_that_broke_a_connection_serves_once_it_has_what_it_missed(mon
     """An update that came while it was doubted went to the others alone."""
     monkeypatch.setattr(replicas, "WATCH_SECONDS", 0.05)
     asked = []
-
-    async def info(request):
-        return Response(wire.encode(REPORT), media_type=wire.MSGPACK)
 
     async def bring_up(replica):
         asked.append(replica.state)
@@ -114,9 +115,6 @@ def test_completions_that_come_together_with_an_error_are_not_lost(monkeypatch):
     """They are passed on; those that are left are asked for again."""
     monkeypatch.setattr(replicas, "WATCH_SECONDS", 0.05)
     asked = []
-
-    async def info(request):
-        return Response(wire.encode(REPORT), media_type=wire.MSGPACK)
 
     async def generate(request):
         prompts = wire.decode(await request.body(), wire.GenerateMessage).prompts
@@ -271,9 +269,6 @@ def test_a_replica_is_not_doubted_by_a_server_that_has_no_files_left(monkeypatch
 def test_a_request_that_no_files_are_left_for_ends_in_its_error_alone(monkeypatch):
     """The replica that it was for is not lost to anybody."""
     asked = []
-
-    async def info(request):
-        return Response(wire.encode(REPORT), media_type=wire.MSGPACK)
 
     async def run():
         async with watched(None, info) as (found, replica):
