@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -280,13 +282,38 @@ def test_values_that_are_not_finite_are_named():
         Expectation(plan_for(large), list(large.items()), engine.parameters, [])
 
 
-def test_checksums_see_values_and_rows_whatever_the_layout():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for shape in ((5,), (4, 7), (4, 8), (2, 3, 5), (0, 4)):
-            tensor = torch.randn(shape).to(dtype)
-            spread = torch.zeros(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
-            spread.copy_(tensor)
-            assert checksum(tensor) == checksum(spread)
-            if tensor.numel():
-                assert checksum(tensor) != checksum(tensor.flip(0))
-                assert checksum(tensor) != checksum(-tensor)
+CHECKSUMMED = [
+    (shape, dtype)
+    for shape in ((5,), (4, 7), (4, 8), (2, 3, 5), (0, 4))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize("shape, dtype", CHECKSUMMED)
+def test_checksums_see_every_bit_and_the_order_of_rows_whatever_the_layout(shape, dtype):
+    tensor = torch.randn(shape).to(dtype)
+    spread = torch.zeros(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+    spread.copy_(tensor)
+    assert checksum(tensor) == checksum(spread)
+    if tensor.numel():
+        assert checksum(tensor) != checksum(tensor.flip(0))
+    for position in range(tensor.numel()):
+        for bit in range(8 * dtype.itemsize):
+            assert checksum(tensor) != checksum(_flipped(tensor, bit, position)), (position, bit)
+
+
+@pytest.mark.parametrize("shape, dtype", CHECKSUMMED)
+def test_checksums_see_signs_that_change_in_two_rows(shape, dtype):
+    """The highest bit of a 64-bit word is its own negative: whatever its factor is, two of them add up to none."""
+    tensor, sign = torch.randn(shape).to(dtype), 8 * dtype.itemsize - 1
+    ends = range(shape[-1] - 1, tensor.numel(), shape[-1]) if len(shape) > 1 else range(len(tensor))
+    for first, second in itertools.combinations(ends, 2):
+        assert checksum(tensor) != checksum(_flipped(tensor, sign, first, second)), (first, second)
+
+
+def _flipped(tensor, bit, *positions):
+    flipped = tensor.clone()
+    memory = flipped.view(-1).view(torch.uint8)
+    for position in positions:
+        memory[position * tensor.element_size() + bit // 8] ^= 1 << bit % 8
+    return flipped

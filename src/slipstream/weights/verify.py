@@ -20,14 +20,15 @@ _PROBED_COLUMNS = 8
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Sum of the values' bits read as integers, each row times an odd number of its own, modulo 2**64.
+    """Sum of the values' bits read as integers, each half of a row's sum times an odd number, modulo 2**64.
 
     Args:
         tensor: Any shape and strides; rows are all but the last dimension, each value of a vector is a row.
 
     Returns:
         An int64 scalar on the tensor's device: equal for equal bits, different when a value or the order of rows is.
-        Values that change places within a row go unseen.
+        Changes within a row that add up to none go unseen: values that change places, the signs of two values that
+        both end a 64-bit word.
     """
     size, count = tensor.element_size(), tensor.shape[:-1].numel() if tensor.ndim > 1 else tensor.numel()
     flat = tensor.detach().reshape(-1).contiguous()
@@ -40,7 +41,8 @@ def checksum(tensor: Tensor) -> Tensor:
         rows = flat.view(torch.int64).view(count, -1).sum(-1)
     else:
         rows = flat.view(BITS[size]).view(count, -1).sum(-1, dtype=torch.int64)
-    return (rows * _factors(count, rows.device)).sum()
+    # By halves: times any factor, the highest bit of a sum would be its own negative, and two of them vanish.
+    return (rows.view(torch.int32) * _factors(2 * count, rows.device)).sum()
 
 
 @functools.lru_cache(maxsize=64)
