@@ -115,6 +115,23 @@ def test_the_models_own_generation_settings_do_not_leak(model):
     assert tokens(make(model).generate(REQUESTS, Sampling(16))) == expected
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_settings_that_the_engine_has_no_name_for_do_not_leak_either(model, adapted):
+    """Log-probabilities would be those of a distribution that was not sampled from."""
+    if adapted:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    expected = make(model).generate(REQUESTS, Sampling(16))
+    likely = sorted({token for completions in tokens(expected) for ids in completions for token in ids} - {EOS})
+    own = model.get_base_model().generation_config if adapted else model.generation_config
+    own.update(suppress_tokens=likely, min_new_tokens=16, max_time=0.0)
+    assert make(model).generate(REQUESTS, Sampling(16)) == expected
+    assert model.generation_config is own
+    assert own.suppress_tokens == likely
+    asked = make(model).generate(REQUESTS, Sampling(16, extra={"suppress_tokens": likely}))
+    assert not {token for completions in tokens(asked) for ids in completions for token in ids} & set(likely)
+
+
 def test_it_works_in_the_middle_of_training(model):
     model.train()
     model.model.layers[1].eval()  # a frozen part

@@ -289,7 +289,7 @@ CHECKSUMMED = [
 ]
 
 
-@pytest.mark.parametrize("shape, dtype", CHECKSUMMED)
+@pytest.mark.parametrize(("shape", "dtype"), CHECKSUMMED)
 def test_checksums_see_every_bit_and_the_order_of_rows_whatever_the_layout(shape, dtype):
     tensor = torch.randn(shape).to(dtype)
     spread = torch.zeros(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
@@ -302,7 +302,7 @@ def test_checksums_see_every_bit_and_the_order_of_rows_whatever_the_layout(shape
             assert checksum(tensor) != checksum(_flipped(tensor, bit, position)), (position, bit)
 
 
-@pytest.mark.parametrize("shape, dtype", CHECKSUMMED)
+@pytest.mark.parametrize(("shape", "dtype"), CHECKSUMMED)
 def test_checksums_see_signs_that_change_in_two_rows(shape, dtype):
     """The highest bit of a 64-bit word is its own negative: whatever its factor is, two of them add up to none."""
     tensor, sign = torch.randn(shape).to(dtype), 8 * dtype.itemsize - 1

@@ -115,3 +115,21 @@ def inference(model: Any) -> Iterator[Any]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def neutral_settings(model: Any) -> Iterator[None]:
+    """Without the generation settings that the model's checkpoint brings, with which transformers fills up others.
+
+    Some shape what is sampled (suppressed tokens, n-grams that must not repeat): the log-probabilities that training
+    compares with know nothing of them, and vLLM does not have them.
+    """
+    from transformers import GenerationConfig
+
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

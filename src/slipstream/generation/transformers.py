@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slipstream.generation.engine import OnFinished, Request, Sampling, SyncReport
 from slipstream.generation.guest import RandomStates
-from slipstream.generation.logits import Distribution, inference, mixed_logits
+from slipstream.generation.logits import Distribution, inference, mixed_logits, neutral_settings
 from slipstream.generation.requests import mixture_of
 from slipstream.generation.vllm_options import check_names, names
 from slipstream.records import Completion
@@ -110,7 +110,11 @@ class TransformersEngine:
                 "place to mix logits: switch it off, or use vLLM."
             )
         given = self._reference if mixture == 1 else None
-        with given() if given else contextlib.nullcontext(self._model()) as model, inference(model):
+        with (
+            given() if given else contextlib.nullcontext(self._model()) as model,
+            inference(model),
+            neutral_settings(model),
+        ):
             yield model
 
     def _mixing(self, model: Any, mixture: float) -> AbstractContextManager[None]:
