@@ -98,3 +98,5 @@ def test_a_row_does_not_depend_on_the_length_of_others(long_rope):
 def test_rows_are_no_longer_than_the_engine_takes_by_default(long_rope, tmp_path):
     assert inputs.longest_sequence(str(long_rope), config(tmp_path)) == (ORIGINAL, "vllm_max_model_length")
     assert inputs.longest_sequence(str(long_rope), config(tmp_path, use_vllm=False)) == (256, inputs.MODEL_LIMIT)
+    changed = config(tmp_path, use_vllm=False, model_init_kwargs={"max_position_embeddings": 128, "device_map": "cpu"})
+    assert inputs.longest_sequence(str(long_rope), changed) == (128, inputs.MODEL_LIMIT)

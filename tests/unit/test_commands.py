@@ -214,17 +214,18 @@ class TestProgram:
         assert "1 training rows" in done.stdout
 
     @pytest.mark.parametrize(
-        ("row", "weights", "message"),
+        ("row", "options", "message"),
         [
-            ({"question": "a"}, "[1]", "train_dataset has no column 'prompt'"),
-            ({"prompt": "a"}, "[1, 2]", "reward_weights has 2 values for 1 reward_funcs"),
+            ({"question": "a"}, [], "train_dataset has no column 'prompt'"),
+            ({"prompt": "a"}, ["--reward_weights", "[1, 2]"], "reward_weights has 2 values for 1 reward_funcs"),
+            ({"prompt": "a"}, ["--num_generations", 4], "train_dataset has 1 rows, but one generation batch needs 2"),
+            ({"prompt": "a"}, ["--fsdp", "true", "--fsdp_config", '{"version": 1}'], "FSDP version 1 is not supported"),
         ],
     )
-    def test_a_dry_run_checks_what_the_trainer_would(self, tmp_path, row, weights, message):
+    def test_a_dry_run_checks_what_the_trainer_would(self, tmp_path, row, options, message):
         (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
         done = slipstream("grpo", "--dry-run", "--output_dir", tmp_path, "--model_name_or_path", "m",
-                          "--dataset_name", tmp_path, "--reward_funcs", "accuracy_reward",
-                          "--reward_weights", weights)  # fmt: skip
+                          "--dataset_name", tmp_path, "--reward_funcs", "accuracy_reward", *options)  # fmt: skip
         assert done.returncode == 1
         assert done.stderr.strip().splitlines()[-1].startswith(f"slipstream grpo: {message}")
 

@@ -74,15 +74,15 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
         run_config, args = parse_settings(settings, config_class)
         scorer = load_scorer(run_config, trainer_class)
         train, test = load_datasets(run_config, evaluates=args.eval_strategy != "no" or args.eval_on_start)
-        if dry_run:
-            _check_the_rest(args, scorer, train, test)
     except (ValueError, NotImplementedError, FileNotFoundError) as error:
         sys.exit(f"slipstream {algorithm}: {error}")
-    if dry_run:
-        print(f"{len(train)} training rows, {len(test) if test is not None else 0} test rows; settings are valid.")
-        return
-
     try:
+        if dry_run:
+            from slipstream.trainers import preflight
+
+            preflight.check(args, train, test, scorer.get("reward_funcs"), judge=scorer.get("judge"))
+            print(f"{len(train)} training rows, {len(test) if test is not None else 0} test rows; settings are valid.")
+            return
         trainer = trainer_class(
             model=run_config.model_name_or_path,
             **scorer,
@@ -91,7 +91,7 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
             eval_dataset=test,
             peft_config=_adapter(run_config),
         )
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         if not _says_what_to_do(error):
             raise
         sys.exit(f"slipstream {algorithm}: {error}")
@@ -106,16 +106,6 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
         conclude(trainer, seconds, steps=trainer.state.global_step)
     trainer.close()
     leave_process_group()
-
-
-def _check_the_rest(args: Any, scorer: dict[str, Any], train: Any, test: Any) -> None:
-    """What the trainer would check before it loads the model."""
-    from slipstream.generation.build import check_sampling
-    from slipstream.trainers import inputs
-
-    inputs.check_rows(args, train, test)
-    inputs.reward_lists(scorer.get("reward_funcs"), None, args, scorer.get("judge"))
-    check_sampling(args)
 
 
 def _says_what_to_do(error: Exception) -> bool:

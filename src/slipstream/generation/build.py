@@ -106,18 +106,32 @@ def build_engine(
 
 def _changes(model: str, config: OnlineConfig) -> list[str]:
     """Settings of the model that `model_init_kwargs` changes: an engine that reads its config.json lacks them."""
-    options: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
-    given = [name for name in options if name not in NEUTRAL_INIT]
+    given = _settings_given(config)
     if "config" in given:
         return ["config"]
-    if not given:
-        return []
+    saved = _saved_config(model, config) if given else None
+    return [name for name, value in given.items() if hasattr(saved, name) and getattr(saved, name) != value]
+
+
+def model_config(model: str, config: OnlineConfig) -> Any:
+    """The configuration of the model of that name or folder, as `model_init_kwargs` changes it."""
+    given = _settings_given(config)
+    return given["config"] if "config" in given else _saved_config(model, config, **given)
+
+
+def _settings_given(config: OnlineConfig) -> dict[str, Any]:
+    options: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+    return {name: value for name, value in options.items() if name not in NEUTRAL_INIT}
+
+
+def _saved_config(model: str, config: OnlineConfig, **changes: Any) -> Any:
     from transformers import AutoConfig
 
-    saved = AutoConfig.from_pretrained(
-        model, revision=options.get("revision", "main"), trust_remote_code=config.trust_remote_code
+    revision = dict(config.model_init_kwargs or {}).get("revision", "main")  # type: ignore[arg-type]
+    found, _ = AutoConfig.from_pretrained(
+        model, revision=revision, trust_remote_code=config.trust_remote_code, return_unused_kwargs=True, **changes
     )
-    return [name for name in given if hasattr(saved, name) and getattr(saved, name) != options[name]]
+    return found
 
 
 def check_sampling(config: OnlineConfig) -> None:

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from slipstream import vllm_compat
 from slipstream.config import OnlineConfig
-from slipstream.generation.build import build_engine, check_sampling
+from slipstream.generation.build import build_engine
 from slipstream.lifetime import end_after_gloo
 from slipstream.modeling.rope import original_length, settle_long_rope
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.reward_models import load_reward
 from slipstream.rollouts.rewards import RewardRunner
 from slipstream.rollouts.sampler import Slot
-from slipstream.trainers import checkpoint, inputs, journal, loading, sharding
+from slipstream.trainers import checkpoint, inputs, journal, loading, preflight, sharding
 from slipstream.trainers.evaluating import Evaluating
 from slipstream.trainers.metrics import Clock, Metrics
 
@@ -77,15 +76,10 @@ class OnlineTrainer(Evaluating):
         if not isinstance(model, str | nn.Module):
             raise TypeError(f"model={model!r} is neither a name or folder nor a model: pass one of these.")
         args = self._checked_args(args, model)
-        inputs.check_rows(args, train_dataset, eval_dataset)
-        functions, tokenizers = inputs.reward_lists(reward_funcs, reward_processing_classes, args, self.judge)
         loading.check_adapter(model, peft_config)
-        if train_dataset is not None:
-            self._make_sampler(args, len(train_dataset))  # complains about too few rows before anything is read
-        if args.use_vllm and args.vllm_mode == "colocate":
-            vllm_compat.load()  # complains about a missing or unknown vLLM before a model is read
-        check_sampling(args)
-        sharding.check(args)
+        functions, tokenizers = preflight.check(
+            args, train_dataset, eval_dataset, reward_funcs, reward_processing_classes, self.judge
+        )
 
         tokenizer = loading.load_tokenizer(processing_class, model, args)
         self.renderer = PromptRenderer(loading.text_tokenizer(tokenizer), args.chat_template_kwargs)  # type: ignore[arg-type]
@@ -94,7 +88,7 @@ class OnlineTrainer(Evaluating):
         train_dataset = inputs.fitting_rows("train_dataset", train_dataset, self.renderer, longest, args)
         eval_dataset = inputs.fitting_rows("eval_dataset", eval_dataset, self.renderer, longest, args)
         if train_dataset is not None:
-            self._sampler = self._make_sampler(args, len(train_dataset))
+            self._sampler = self.make_sampler(args, len(train_dataset))
 
         end_after_gloo()
         # An adapter is initialised at random: seed before it is made, not only in Trainer.__init__.

@@ -6,10 +6,10 @@ import warnings
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import AutoConfig
 from transformers.trainer_utils import IntervalStrategy
 
 from slipstream.config import OnlineConfig
+from slipstream.generation.build import model_config
 from slipstream.modeling.rope import original_length
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.rewards import reward_names
@@ -164,14 +164,7 @@ def _server_limit(config: OnlineConfig) -> int:
 
 
 def _model_limits(model: Any, config: OnlineConfig) -> list[tuple[int | None, str]]:
-    if isinstance(model, str):
-        options: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
-        model_config = AutoConfig.from_pretrained(
-            model, revision=options.get("revision", "main"), trust_remote_code=config.trust_remote_code
-        )
-    else:
-        model_config = model.config
-    text = model_config.get_text_config()
+    text = (model_config(model, config) if isinstance(model, str) else model.config).get_text_config()
     limits = [(getattr(text, "max_position_embeddings", None), MODEL_LIMIT)]
     if config.use_vllm:
         # vLLM's own choice where vllm_max_model_length is not given.

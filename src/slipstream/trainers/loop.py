@@ -26,7 +26,8 @@ class SlotLoop(Algorithm):
         return self.args.steps_per_generation
 
     @staticmethod
-    def _make_sampler(args: OnlineConfig, rows: int) -> PromptSampler:
+    def make_sampler(args: OnlineConfig, rows: int) -> PromptSampler:
+        """The plan of a run over `rows` rows. Raises ValueError if they are too few."""
         assert args.generation_batch_size is not None
         assert args.steps_per_generation is not None
         return PromptSampler(
@@ -42,7 +43,7 @@ class SlotLoop(Algorithm):
         if self.train_dataset is None:
             raise ValueError("train_dataset=None: pass the prompts to train on.")
         # Made anew for each run: the dataset may have been replaced.
-        self._sampler = self._make_sampler(self.args, len(self.train_dataset))  # type: ignore[arg-type]
+        self._sampler = self.make_sampler(self.args, len(self.train_dataset))  # type: ignore[arg-type]
         return inputs.SlotLoader(self.train_dataset, self._sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
