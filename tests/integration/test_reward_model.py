@@ -38,6 +38,12 @@ def test_a_folder_without_a_model_is_named():
         load_reward("/nowhere/judge", None, torch.device("cpu"))
 
 
+def test_a_model_without_a_trained_head_is_refused(tiny_model):
+    """transformers would draw the head at random, and the policy would learn what that likes."""
+    with pytest.raises(ValueError, match=r"reward_funcs holds .*tiny.* no weights for score\.weight"):
+        load_reward(str(tiny_model), None, torch.device("cpu"))
+
+
 def test_a_model_of_zeros_is_refused(judge):
     """What transformers makes on ranks that are to be given their weights."""
     model = Qwen2ForSequenceClassification.from_pretrained(judge)

@@ -13,17 +13,31 @@ from slipstream.rollouts.prompts import is_conversational
 
 
 def load_reward(function: Any, tokenizer: Any, device: torch.device) -> tuple[Any, Any]:
-    """Resolve one entry of `reward_funcs`: a name loads a sequence-classification model and its tokenizer."""
+    """Resolve one entry of `reward_funcs`: a name loads a sequence-classification model and its tokenizer.
+
+    Raises:
+        OSError: nothing of that name can be loaded.
+        ValueError: the model has no trained head, or no weights at all.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if isinstance(function, str):
+        name = function
         try:
-            function = AutoModelForSequenceClassification.from_pretrained(function, num_labels=1)
+            function, found = AutoModelForSequenceClassification.from_pretrained(
+                name, num_labels=1, output_loading_info=True
+            )
         except OSError as error:
             raise OSError(
-                f"reward_funcs holds {function!r}, and no sequence-classification model of that folder or name can be "
+                f"reward_funcs holds {name!r}, and no sequence-classification model of that folder or name can be "
                 f"loaded ({error}). Give a folder that save_pretrained has written, or a model's name on the hub."
             ) from error
+        if found["missing_keys"]:
+            raise ValueError(
+                f"reward_funcs holds {name!r}, which has no weights for {', '.join(sorted(found['missing_keys']))}: "
+                "it is not a trained reward model, and what is missing would be random. Give a sequence-classification "
+                "model, or a function."
+            )
     if isinstance(function, nn.Module):
         if not any(bool(p.any()) for p in function.parameters()):
             raise ValueError(
