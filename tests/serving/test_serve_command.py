@@ -12,12 +12,13 @@ import sys
 import textwrap
 
 import pytest
+from fastapi import HTTPException
 
 from slipstream.commands import vllm_serve
 from slipstream.serving import shared_file
 from slipstream.serving.replicas import device_slices
 from slipstream.serving.settings import Settings
-from slipstream.serving.shared_file import SharedFile, remove_abandoned
+from slipstream.serving.shared_file import SharedFile, SharedFiles, remove_abandoned
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -339,6 +340,11 @@ class TestSharedFiles:
         (folder / f"{shared_file._PREFIX}link").symlink_to(own)
         assert remove_abandoned() == 0
         assert own.read_text() == "of this user"
+
+    def test_a_machine_without_shared_memory_says_so(self, monkeypatch, folder):
+        monkeypatch.setattr(shared_file, "FOLDER", folder / "none")
+        with pytest.raises(HTTPException, match=r"507: weights that do not come through a process group need .*/none"):
+            SharedFiles().choose(False, 8)
 
     def test_writing_outside_is_refused(self):
         file = SharedFile(10)

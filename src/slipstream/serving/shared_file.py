@@ -78,9 +78,20 @@ class SharedFiles:
         self._files: dict[bool, SharedFile] = {}
 
     def choose(self, reference: bool, size: int) -> SharedFile:
-        """The file of the last update, or a new one without memory."""
+        """The file of the last update, or a new one without memory.
+
+        Raises:
+            HTTPException: 507, there is no shared memory on the server's machine.
+        """
         file = self._files.get(reference)
-        return file if file is not None and file.size == size else SharedFile(size)
+        if file is not None and file.size == size:
+            return file
+        try:
+            return SharedFile(size)
+        except OSError as error:
+            raise HTTPException(
+                507, f"weights that do not come through a process group need {FOLDER} on the server's machine: {error}"
+            ) from error
 
     async def use(self, reference: bool, file: SharedFile) -> None:
         """Take a chosen file for the next update; it gets its memory, and another's is freed.
