@@ -14,6 +14,7 @@ import uvicorn
 
 from slipstream.serving import auth
 from slipstream.serving.app import Server, make_app
+from slipstream.serving.listening import HttpConnection
 from slipstream.serving.machine import url_of
 from slipstream.serving.settings import Settings
 from slipstream.serving.shared_file import remove_abandoned
@@ -61,7 +62,7 @@ def _run(settings: Settings, listener: socket.socket, key: str, key_file: auth.K
     print(f"listening on {url_of(settings.host, port)}", flush=True)
     config = uvicorn.Config(
         make_app(server, key), log_config=None, log_level=settings.log_level, access_log=settings.log_level == "debug",
-        lifespan="on", ws="none", timeout_graceful_shutdown=_GRACE_SECONDS, server_header=False,
+        lifespan="on", ws="none", http=HttpConnection, timeout_graceful_shutdown=_GRACE_SECONDS, server_header=False,
     )  # fmt: skip
     server.runner = uvicorn.Server(config)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # its terminal is closed; under nohup it goes on
