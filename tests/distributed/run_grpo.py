@@ -47,6 +47,13 @@ def main() -> None:
     (folder / f"rank{args.process_index}.json").write_text(json.dumps(trainer.state.log_history))
     (folder / f"sampled{args.process_index}.json").write_text(json.dumps(sorted(SEEN)))
     (folder / f"asked{args.process_index}.json").write_text(json.dumps(ASKED))
+    found = {}
+    for name, values in {"binary": (1.0, 0.0), "half on one": (1.0, 0.5)}.items():
+        mine = values[args.process_index]
+        trainer.rewards.functions = [lambda completions, mine=mine, **_: [mine] * len(completions)]
+        trainer.evaluate()
+        found[name] = trainer.rewards_are_binary
+    (folder / f"binary{args.process_index}.json").write_text(json.dumps(found))
     trainer.close()
 
 

@@ -46,3 +46,6 @@ def test_two_ranks_learn_what_one_does(tiny_model, tmp_path, alone, settings):
     for name in ("reward", "reward_std", "completions/mean_length", "num_tokens", "entropy", "eval_reward"):
         expected = [entry[name] for entry in alone[1][0] if name in entry]
         assert [entry[name] for entry in histories[0] if name in entry] == pytest.approx(expected, abs=1e-5), name
+    for rank in range(2):
+        found = json.loads((tmp_path / "run" / f"binary{rank}.json").read_text())
+        assert found == {"binary": True, "half on one": False}

@@ -16,7 +16,8 @@ class Evaluating(Generating):
     """The part of a trainer that evaluates.
 
     Attributes:
-        rewards_are_binary: Whether the last evaluation's rewards were all 0 and 1: right and wrong answers.
+        rewards_are_binary: Whether the last evaluation's rewards (of the first function, on all ranks) were all 0 and
+            1: right and wrong answers.
     """
 
     rewards_are_binary = False
@@ -42,8 +43,8 @@ class Evaluating(Generating):
         was_training = self.model_wrapped.training
         self._set_training(False)
         rollouts, metrics = self._collect(dataset, wanted, (self.args.seed, "eval"), size, real)
-        firsts = [r.rewards[0] for r in rollouts[:real][self.own_rows] if r.rewards]
-        self.rewards_are_binary = bool(firsts) and set(firsts) <= {0.0, 1.0, None}
+        firsts = {r.rewards[0] for r in rollouts[:real][self.own_rows] if r.rewards}
+        self.rewards_are_binary = self._on_any_rank(bool(firsts)) and not self._on_any_rank(bool(firsts - {0, 1, None}))
         tally = Tally()
         metrics["loss"] = self._loss(rollouts, real, size, tally).item()
         metrics |= tally.reduce(self.accelerator)
