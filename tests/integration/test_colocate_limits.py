@@ -27,3 +27,18 @@ def test_seeded_requests_may_be_more_than_a_step_holds(engine):
     crowded = engine.generate(requests, Sampling(6))
     alone = [engine.generate([request], Sampling(6))[0] for request in requests]
     assert [[c.ids for c in group] for group in crowded] == [[c.ids for c in group] for group in alone]
+
+
+def test_a_request_may_have_a_limit_of_its_own(engine):
+    """Of its prefix in a longer completion; and a prompt that has room for no more is not refused."""
+    [short, long] = engines.prompts(2, 20)
+    whole = engine.generate([Request(short, seed=3)], Sampling(12))[0][0]
+    limited, other = engine.generate([Request(short, seed=3, max_tokens=2), Request(long, seed=4)], Sampling(12))
+    assert limited[0].ids == whole.ids[:2]
+    assert limited[0].finish_reason == "length"
+    assert len(other[0].ids) > 2
+    full = engines.prompts(1, 126)[0]
+    assert len(engine.generate([Request(full, max_tokens=2)], Sampling(12))[0][0].ids) <= 2
+    with pytest.raises(ValueError, match="126 prompt tokens; with max_tokens=3"):
+        engine.generate([Request(full, max_tokens=3)], Sampling(12))
+    assert engine.generate([], Sampling(12)) == []

@@ -193,3 +193,19 @@ def test_continuous_batching_answers_every_request_in_order(tiny_model):
         assert {c.weight_version for c in group} == {3}
     with pytest.raises(ValueError, match="min_p and repetition_penalty cannot be used"):
         made.generate(requests, Sampling(6, min_p=0.1, logprobs=False))
+
+
+@pytest.mark.parametrize("continuous", [None, {}])
+def test_a_request_may_have_a_limit_of_its_own(model, continuous):
+    limits = [2, None, 5]
+    requests = [Request(p, n=2, seed=9, max_tokens=limit) for p, limit in zip(PROMPTS, limits, strict=True)]
+    engine = make(model, continuous_batching=continuous)
+    found = engine.generate(requests, Sampling(24, logprobs=continuous is None))
+    for group, limit in zip(found, limits, strict=True):
+        for completion in group:
+            assert completion.ids
+            assert len(completion.ids) <= (limit or 24)
+            ended = completion.ids[-1] == EOS
+            assert completion.finish_reason == ("stop" if ended else "length")
+            assert continuous is not None or len(completion.logprobs) == len(completion.ids)
+    assert engine.generate([], Sampling(24)) == []

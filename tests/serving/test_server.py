@@ -40,6 +40,18 @@ class TestGenerate:
         alone = [generate(server, request(PROMPTS[:1], seed=50 + i))[0, 0].ids for i in range(4)]
         assert [together[0, i].ids for i in range(4)] == alone
 
+    def test_a_prompt_may_have_a_limit_of_its_own(self, server):
+        message = request(PROMPTS[:2], max_tokens=8)
+        whole = generate(server, message)
+        message.prompts[0].max_tokens = 2
+        limited = generate(server, message)
+        assert limited[0, 0].ids == whole[0, 0].ids[:2]
+        assert limited[1, 0] == whole[1, 0]
+        message.prompts[0].max_tokens = 0
+        refused = call(server, "POST", "/generate", message)
+        assert refused.status_code == 400
+        assert "prompts[0].max_tokens=0" in refused.text
+
     def test_json_is_as_good(self, server):
         body = {"prompts": [{"ids": PROMPTS[0], "seed": 3}], "sampling": {"max_tokens": 8, "logprobs": False}}
         answer = calls.CLIENT.post(f"{server.url}/generate", json=body, headers=server.headers)

@@ -164,6 +164,8 @@ class ColocateEngine:
             raise RuntimeError(f"generate: {self._why_unusable}")
         if share > 0 and self._why_no_reference is not None:
             raise RuntimeError(f"generate: {self._why_no_reference}")
+        if not requests:  # no rank of the team has one
+            return []
         check_sampling(sampling)
         check_lengths(requests, sampling, self.max_model_len)
         recorder = self._recorder if sampling.logprobs else None

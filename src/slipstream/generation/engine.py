@@ -50,12 +50,14 @@ class Request:
     Attributes:
         mixture: Share of the reference model in the logits sampled from: 0.0 is the policy, 1.0 the reference. Between
             them, log_softmax(mixture * reference + (1 - mixture) * policy). Above 0 needs an engine with a reference.
+        max_tokens: Largest number of tokens of its completions, where that is less than the call's; None: the call's.
     """
 
     prompt_ids: Sequence[int]
     n: int = 1
     seed: int | None = None
     mixture: float = 0.0
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from slipstream.generation.engine import Request, Sampling
 from slipstream.records import Completion
 
 if TYPE_CHECKING:
-    from slipstream.serving.wire import PromptMessage
+    from slipstream.serving.wire import PromptMessage, SamplingMessage
 
 
 def mixture_of(requests: Sequence[Request | PromptMessage], *, has_reference: bool) -> float:
@@ -35,15 +35,23 @@ def mixture_of(requests: Sequence[Request | PromptMessage], *, has_reference: bo
     return mixture
 
 
+def token_limit(request: Request | PromptMessage, sampling: Sampling | SamplingMessage) -> int:
+    """Tokens that a completion of the request may have: the smaller of its own limit and the call's."""
+    return sampling.max_tokens if request.max_tokens is None else min(request.max_tokens, sampling.max_tokens)
+
+
 def check_lengths(requests: Sequence[Request], sampling: Sampling, limit: int) -> None:
     """Raise ValueError if a prompt is empty, or does not fit into `limit` tokens with a completion."""
     for index, request in enumerate(requests):
         length = len(request.prompt_ids)
         if length == 0:
             raise ValueError(f"generate: request {index} has an empty prompt; give at least one token")
-        if length + sampling.max_tokens > limit:
+        asked = token_limit(request, sampling)
+        if asked < 1:
+            raise ValueError(f"generate: request {index} has max_tokens={asked}; give it at least 1")
+        if length + asked > limit:
             raise ValueError(
-                f"generate: request {index} has {length} prompt tokens; with max_tokens={sampling.max_tokens} they "
+                f"generate: request {index} has {length} prompt tokens; with max_tokens={asked} they "
                 f"exceed the engine's max_model_len={limit}. Shorten the prompt, lower max_completion_length, or "
                 "raise vllm_max_model_length."
             )

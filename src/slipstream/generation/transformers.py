@@ -14,7 +14,7 @@ from torch import Tensor
 from slipstream.generation.engine import OnFinished, Request, Sampling, SyncReport
 from slipstream.generation.guest import RandomStates
 from slipstream.generation.logits import Distribution, inference, mixed_logits, neutral_settings
-from slipstream.generation.requests import mixture_of
+from slipstream.generation.requests import mixture_of, token_limit
 from slipstream.generation.vllm_options import check_names, names
 from slipstream.records import Completion
 
@@ -80,6 +80,7 @@ class TransformersEngine:
         check_sampling(sampling, continuous=self._continuous is not None)
         options = dict(sampling.extra)
         rows = [list(request.prompt_ids) for request in requests for _ in range(request.n)]
+        limits = [token_limit(request, sampling) for request in requests for _ in range(request.n)]
         seed = next((request.seed for request in requests if request.seed is not None), None)
         if seed is None:
             seed = self._seed + 1_000_003 * self._calls
@@ -90,12 +91,13 @@ class TransformersEngine:
         try:
             torch.manual_seed(seed % 2**63)
             with self._source(mixture) as model:
-                if self._continuous is not None:
-                    completions = self._sample_continuously(model, rows, sampling, options)
+                if self._continuous is not None and rows:
+                    completions = self._sample_continuously(model, rows, limits, sampling, options)
                 else:
                     for start in range(0, len(rows), size):
+                        some = slice(start, start + size)
                         with self._mixing(model, mixture):
-                            completions += self._sample(model, rows[start : start + size], sampling, options)
+                            completions += self._sample(model, rows[some], limits[some], sampling, options)
         finally:
             states.restore()
         ordered = iter(completions)
@@ -123,7 +125,7 @@ class TransformersEngine:
         return mixed_logits(model, self._reference, mixture)
 
     def _sample(
-        self, model: Any, rows: list[list[int]], sampling: Sampling, options: dict[str, Any]
+        self, model: Any, rows: list[list[int]], limits: list[int], sampling: Sampling, options: dict[str, Any]
     ) -> list[Completion]:
         assert self.version is not None
         width = max(map(len, rows))
@@ -137,7 +139,7 @@ class TransformersEngine:
         # It shapes the distribution instead of transformers' own filters, to report log-probabilities under it.
         distribution = Distribution(sampling, mask)
         config = GenerationConfig(
-            max_new_tokens=sampling.max_tokens,
+            max_new_tokens=max(limits),
             do_sample=sampling.temperature > 0,
             pad_token_id=self._pad,
             eos_token_id=sorted(self._eos) or None,
@@ -159,16 +161,16 @@ class TransformersEngine:
         distribution.record(out)
         tokens = out[:, width:].tolist()
         logprobs = torch.stack(distribution.logprobs, dim=1).tolist()
-        return [self._trim(row, values, sampling) for row, values in zip(tokens, logprobs, strict=True)]
+        return [self._trim(*sampled, sampling) for sampled in zip(tokens, logprobs, limits, strict=True)]
 
     def _sample_continuously(
-        self, model: Any, rows: list[list[int]], sampling: Sampling, options: dict[str, Any]
+        self, model: Any, rows: list[list[int]], limits: list[int], sampling: Sampling, options: dict[str, Any]
     ) -> list[Completion]:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         filters = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         config = GenerationConfig(
-            max_new_tokens=sampling.max_tokens,
+            max_new_tokens=max(limits),
             do_sample=sampling.temperature > 0,
             pad_token_id=self._pad,
             eos_token_id=sorted(self._eos) or None,
@@ -182,9 +184,12 @@ class TransformersEngine:
         ordered = sorted(answers.values(), key=lambda answer: int(answer.request_id.rpartition("_")[2]))
         if [list(answer.prompt_ids) for answer in ordered] != rows:
             raise RuntimeError(f"continuous batching answered {len(ordered)} of {len(rows)} requests, or others")
-        return [self._trim(list(answer.generated_tokens), [], sampling) for answer in ordered]
+        tokens = [list(answer.generated_tokens) for answer in ordered]
+        return [self._trim(ids, [], limit, sampling) for ids, limit in zip(tokens, limits, strict=True)]
 
-    def _trim(self, ids: list[int], logprobs: list[float], sampling: Sampling) -> Completion:
+    def _trim(self, ids: list[int], logprobs: list[float], limit: int, sampling: Sampling) -> Completion:
+        # Rows are sampled side by side until the last of them ends.
+        ids = ids[:limit]
         end = next((i + 1 for i, token in enumerate(ids) if token in self._eos), None)
         length = end or len(ids)
         version = self.version if self.version is not None else -1

@@ -9,6 +9,7 @@ from typing import Any
 
 from slipstream import vllm_compat
 from slipstream.generation.engine import Request, Sampling
+from slipstream.generation.requests import token_limit
 
 
 def names(text: str) -> frozenset[str]:
@@ -142,7 +143,7 @@ def sampling_params(request: Request, sampling: Sampling) -> Any:
         return vllm_compat.load().SamplingParams(
             n=request.n if sampling.temperature > 0 else 1,
             seed=request.seed,
-            max_tokens=sampling.max_tokens,
+            max_tokens=token_limit(request, sampling),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,

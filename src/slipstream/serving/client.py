@@ -110,7 +110,9 @@ class VLLMClient:
         """
         message = wire.GenerateMessage(
             prompts=[
-                wire.PromptMessage(ids=wire.pack_ids(r.prompt_ids), n=r.n, seed=r.seed, mixture=r.mixture)
+                wire.PromptMessage(
+                    ids=wire.pack_ids(r.prompt_ids), n=r.n, seed=r.seed, mixture=r.mixture, max_tokens=r.max_tokens
+                )
                 for r in requests
             ],
             sampling=wire.sampling_message(sampling),

@@ -11,6 +11,7 @@ import msgspec
 from fastapi import HTTPException, Request
 
 from slipstream.checks import number
+from slipstream.generation.requests import token_limit
 from slipstream.serving import wire
 from slipstream.serving.auth import App, Receive, Scope, Send, answer_error
 from slipstream.serving.turns import mixture_of_call
@@ -101,7 +102,7 @@ def check_generate(message: wire.GenerateMessage, limits: Limits) -> None:
         limits,
         prompts=len(message.prompts),
         completions=sum(prompt.n for prompt in message.prompts),
-        tokens=sum(p.n * (_length(p) + message.sampling.max_tokens) for p in message.prompts),
+        tokens=sum(p.n * (_length(p) + token_limit(p, message.sampling)) for p in message.prompts),
     )
 
 
@@ -162,6 +163,8 @@ def _check_prompt(place: str, prompt: wire.PromptMessage) -> None:
         raise ValueError(f"{place}: give one of ids, text and messages")
     number(f"{place}.n", prompt.n, least=1, integer=True)
     number(f"{place}.mixture", prompt.mixture, least=0, most=1)
+    if prompt.max_tokens is not None:
+        number(f"{place}.max_tokens", prompt.max_tokens, least=1, integer=True)
     if prompt.seed is not None:
         number(f"{place}.seed", prompt.seed, least=0, most=LARGEST_SEED - prompt.n, integer=True)
     if prompt.ids is not None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slipstream.checks import number
 from slipstream.generation.engine import Request, Sampling
+from slipstream.generation.requests import token_limit
 from slipstream.generation.vllm_options import check_sampling, sampling_params
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.serving import wire
@@ -147,6 +148,7 @@ class Generation:
             greedy = sampling.temperature == 0
             for sample in range(1 if greedy else prompt.n):
                 params = copy.copy(base)
+                params.max_tokens = token_limit(prompt, sampling)
                 params.seed = None if prompt.seed is None else prompt.seed + sample
                 samples = range(prompt.n) if greedy else (sample,)
                 job_id, runs = f"c{next(self._ids)}", [(0, version)]
@@ -250,9 +252,10 @@ class Generation:
         if lowest < 0 or highest >= self._vocabulary:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"{where} has the token id {wrong}; the model's go from 0 to {self._vocabulary - 1}")
-        if len(ids) + sampling.max_tokens > self.max_model_len:
+        asked = token_limit(prompt, sampling)
+        if len(ids) + asked > self.max_model_len:
             raise ValueError(
-                f"{where} has {len(ids)} tokens; with max_tokens={sampling.max_tokens} they exceed the server's "
+                f"{where} has {len(ids)} tokens; with max_tokens={asked} they exceed the server's "
                 f"max_model_len={self.max_model_len}. Shorten the prompt, lower max_tokens, or start the server with a "
                 "larger --max-model-len."
             )

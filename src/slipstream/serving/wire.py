@@ -55,6 +55,7 @@ class PromptMessage(Message):
     Attributes:
         n: Completions wanted; completion i is sampled with seed `seed + i` (None: unseeded).
         mixture: Share of the reference model in the logits that are sampled from; needs a server with a reference.
+        max_tokens: Largest number of tokens of its completions, where that is less than `sampling.max_tokens`.
     """
 
     ids: bytes | list[int] | None = None
@@ -63,6 +64,7 @@ class PromptMessage(Message):
     n: int = 1
     seed: int | None = None
     mixture: float = 0.0
+    max_tokens: int | None = None
 
 
 class SamplingMessage(Message):
