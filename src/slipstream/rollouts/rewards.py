@@ -8,9 +8,7 @@ import copy
 import inspect
 import logging
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from torch import nn
 
 from slipstream.records import Rollout
+from slipstream.rollouts.event_loop import EventLoop
 from slipstream.rollouts.reward_models import score_with_model
 from slipstream.rollouts.streamed import Render, StreamedRewards, refuse_metric
 
@@ -54,7 +53,7 @@ class RewardRunner:
         self.tokenizers = list(tokenizers)
         self.timeout = timeout
         self.names = reward_names(self.functions)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = EventLoop("rewards")
         self._told_of_unscored = False
 
     @contextlib.contextmanager
@@ -156,13 +155,7 @@ class RewardRunner:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-        if self._loop is None:
-            # One for all batches: a client or a lock that a function keeps belongs to the loop it was first used in.
-            self._loop = asyncio.new_event_loop()
-            weakref.finalize(self, self._loop.close)
-        # In a thread of its own: the caller may already have a loop running (a notebook has).
-        with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
-            return pool.submit(self._loop.run_until_complete, all_of_them()).result()
+        return self._loop.run(all_of_them())
 
 
 def reward_names(functions: Sequence[Any]) -> list[str]:
