@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import calling
 import numpy
 import pytest
 import tiny
@@ -77,3 +78,9 @@ def tiny_model(tmp_path_factory):
 def tiny_model_untied(tmp_path_factory):
     """The same with an LM head of its own."""
     return tiny.build(tmp_path_factory.mktemp("models") / "tiny-untied", tied=False)
+
+
+@pytest.fixture(scope="session")
+def calling_model(tmp_path_factory):
+    """Folder of a tiny chat model that calls tools; see `calling`."""
+    return calling.build(tmp_path_factory.mktemp("models") / "calling")

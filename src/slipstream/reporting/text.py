@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
+from typing import Any
 
 # A model can write anything. Escape sequences could move the cursor or retitle a terminal, direction overrides could
 # make text read as what it is not, and a lone surrogate cannot be encoded at all: each gets a visible stand-in.
@@ -34,6 +37,21 @@ def shorten(text: str, limit: int) -> str:
     kept = max(limit - len(mark), 2)
     tail = kept // 2
     return text[: kept - tail] + mark + text[-tail:]
+
+
+def transcript(messages: Sequence[dict[str, Any]]) -> str:
+    """The messages of a completion: what the model wrote, `→` what it called, and `←` what it was told."""
+    lines = []
+    for message in messages:
+        if message["role"] == "tool":
+            lines.append(f"← {message['name']}: {message['content']}")
+            continue
+        if message["content"] or not message.get("tool_calls"):
+            lines.append(str(message["content"]))
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            lines.append(f"→ {function['name']}({json.dumps(function['arguments'], ensure_ascii=False)})")
+    return "\n".join(lines)
 
 
 def number(value: float | None) -> str:

@@ -20,11 +20,20 @@ class PromptRenderer:
     Args:
         tokenizer: The model's tokenizer.
         template_kwargs: Further variables for its chat template.
+        tools: Schemas of tools that the chat template shows to the model.
     """
 
-    def __init__(self, tokenizer: Any, template_kwargs: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template_kwargs: dict[str, Any] | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
+        self.tools = list(tools or [])
+        if self.tools:
+            self.template_kwargs["tools"] = self.tools
 
     def render(self, row: dict[str, Any], index: int) -> Prompt:
         """Tokenize the `prompt` of a dataset row: a string as it is, messages through the chat template.
@@ -39,6 +48,11 @@ class PromptRenderer:
     def encode(self, prompt: Any, where: str) -> list[int]:
         """Token ids of a string or of messages, as `render` makes them; `where` names the prompt in errors."""
         if isinstance(prompt, str):
+            if self.tools:
+                raise ValueError(
+                    f"{where}: prompt={prompt!r} is a string, and the chat template shows tools to the model: give "
+                    'prompts as lists of messages ({"role": ..., "content": ...}).'
+                )
             ids = self.tokenizer(prompt)["input_ids"]
         elif is_conversational(prompt):
             if getattr(self.tokenizer, "chat_template", None) is None:

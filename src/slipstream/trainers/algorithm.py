@@ -14,6 +14,8 @@ from slipstream.judges import BasePairwiseJudge
 from slipstream.modeling.logprobs import PolicyOutput
 from slipstream.records import MicroBatch, Rollout
 from slipstream.rollouts.custom import RolloutFunction
+from slipstream.rollouts.dialogue import Dialogue
+from slipstream.rollouts.tools import Toolbox
 from slipstream.trainers.metrics import Tally
 
 
@@ -27,6 +29,9 @@ class Algorithm(Trainer):
         own_rows: Which rows of a prompt's completions the policy has sampled alone: the metrics of rewards and lengths
             are theirs.
         rollout_func: Samples in the place of the engine, or None.
+        toolbox: The tools that the model may call, or None.
+        dialogue: Reads the model's calls of them and writes their results; None where there are none.
+        longest: Tokens that prompt and completion may have together, and whose limit that is; None: unknown.
         score_temperature: What logits are divided by when completions are scored; None: by what they were sampled with.
     """
 
@@ -36,6 +41,9 @@ class Algorithm(Trainer):
     judge: BasePairwiseJudge | None = None
     own_rows = slice(None)
     rollout_func: RolloutFunction | None = None
+    toolbox: Toolbox | None = None
+    dialogue: Dialogue | None = None
+    longest: tuple[int, str] | None = None
     score_temperature: float | None = None
 
     def set_up(self) -> None:

@@ -82,11 +82,17 @@ class OnlineTrainer(Evaluating):
         )
 
         tokenizer = loading.load_tokenizer(processing_class, model, args)
-        self.renderer = PromptRenderer(loading.text_tokenizer(tokenizer), args.chat_template_kwargs)  # type: ignore[arg-type]
+        self.renderer = PromptRenderer(
+            loading.text_tokenizer(tokenizer),
+            args.chat_template_kwargs,  # type: ignore[arg-type]
+            None if self.toolbox is None else self.toolbox.schemas,
+        )
+        if self.toolbox is not None:
+            self.dialogue = inputs.dialogue(self.toolbox, self.renderer, loading.known_eos_ids(model, tokenizer, args))
         # A rollout_func renders its prompts itself: how long they get is its own affair.
-        longest = None if self.rollout_func is not None else inputs.longest_sequence(model, args)
-        train_dataset = inputs.fitting_rows("train_dataset", train_dataset, self.renderer, longest, args)
-        eval_dataset = inputs.fitting_rows("eval_dataset", eval_dataset, self.renderer, longest, args)
+        self.longest = None if self.rollout_func is not None else inputs.longest_sequence(model, args)
+        train_dataset = inputs.fitting_rows("train_dataset", train_dataset, self.renderer, self.longest, args)
+        eval_dataset = inputs.fitting_rows("eval_dataset", eval_dataset, self.renderer, self.longest, args)
         if train_dataset is not None:
             self._sampler = self.make_sampler(args, len(train_dataset))
 

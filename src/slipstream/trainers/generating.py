@@ -18,9 +18,10 @@ from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.rewards import RewardRunner
 from slipstream.rollouts.sampler import Slot, prompt_seed
 from slipstream.rollouts.streamed import StreamedRewards
+from slipstream.trainers.conversing import converse
 from slipstream.trainers.journal import Journal
 from slipstream.trainers.learning import Learning
-from slipstream.trainers.metrics import Metrics, length_metrics, mean_by_name
+from slipstream.trainers.metrics import Metrics, length_metrics, mean_by_name, tool_metrics
 from slipstream.weights.export import Weights
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,8 @@ class Generating(Learning):
             if self._uses_reference(self.args):
                 self._annotate_reference(scored)
             metrics = self._score(rollouts, group_size, real, streamed)
+        if self.toolbox is not None:
+            metrics |= tool_metrics(rollouts[:real], self.accelerator)
         return rollouts, metrics | length_metrics(rollouts[:real][self.own_rows], self.accelerator)
 
     def _score(
@@ -148,7 +151,13 @@ class Generating(Learning):
     ) -> list[Rollout]:
         """Sample completions `start ... start + count - 1` of each `(row, start, count)`, in order."""
         sampled: list[tuple[Prompt, Completion, dict[str, Any]]]
-        if self.rollout_func is not None:
+        texts: Sequence[Any] | None = None
+        if self.toolbox is not None:
+            sampling = self.args.sampling(evaluation=evaluation)
+            episodes = self._though_lost(lambda: converse(self, dataset, wanted, seed, sampling))
+            sampled = [(e.prompt, e.completion(), e.extra()) for e in episodes]
+            texts = [e.messages for e in episodes] if self.dialogue is not None else None
+        elif self.rollout_func is not None:
             sampled = self._though_lost(lambda: self._ask_function(dataset, wanted))
         else:
             prompts = [self.renderer.render(dataset[row], row) for row, _, _ in wanted]
@@ -160,7 +169,8 @@ class Generating(Learning):
             begin = None if streamed is None else lambda: streamed.begin(prompts, counts)
             answers = self._answers(requests, self.args.sampling(evaluation=evaluation), begin)
             sampled = [(p, c, {}) for p, group in zip(prompts, answers, strict=True) for c in group]
-        texts = self.renderer.completions([p for p, _, _ in sampled], [c.ids for _, c, _ in sampled])
+        if texts is None:
+            texts = self.renderer.completions([p for p, _, _ in sampled], [c.ids for _, c, _ in sampled])
         rollouts = []
         for (prompt, completion, extra), text in zip(sampled, texts, strict=True):
             if not completion.ids:

@@ -17,7 +17,9 @@ from slipstream.objectives.advantages import combine_rewards, decoupled_advantag
 from slipstream.objectives.policy import clipped_surrogate, kl_k3
 from slipstream.objectives.segments import row_mean, row_sum
 from slipstream.records import MicroBatch, Rollout
+from slipstream.rollouts.tools import Toolbox
 from slipstream.trainers.entropy import EntropyConfig, EntropyTrainer
+from slipstream.trainers.inputs import with_reward
 from slipstream.trainers.metrics import Tally
 from slipstream.trainers.policy_gradient import tally_clipping, tally_clipping_extrema
 
@@ -41,7 +43,7 @@ class GRPOConfig(EntropyConfig):
     off_policy_mask_threshold: float | None = option(None, "Drop rows with A < 0 that drifted further than this.")
     use_bias_correction_kl: bool = option(True, "Weight the KL estimate by the ratio, which makes it unbiased.")
     max_tool_calling_iterations: int | None = option(
-        None, "Turns of tool calls, at most; for tools, which are not there yet."
+        None, "How often the tool calls of a completion are answered, at most; None: as often as there is room."
     )
     cast_lm_head_to_fp32: bool = option(False, "Compute logits in float32.")
 
@@ -98,7 +100,11 @@ class GRPOTrainer(EntropyTrainer):
             others (0) out of the loss; other keys become columns for the reward functions. `trainer.engine` holds the
             present weights and can be asked: `generate([Request(ids, n, seed)], trainer.args.sampling())`. If a server
             is lost meanwhile (`EngineLostError`), the function is called again with the same prompts once it is back.
-        tools, environment_factory: Accepted for compatibility; not there yet.
+        tools: Functions that the model may call, plain or async, with type hints and docstrings in Google's style.
+            It is told what they return and goes on; it is trained on its own tokens alone.
+        environment_factory: Makes an object for each rollout, whose `reset(**row)` may return a string that is added to
+            the prompt's last message, and whose other public methods are tools. Reward functions get the objects as
+            `environments`; with a method `get_reward`, they are a reward function themselves.
 
     Example:
         ```python
@@ -127,9 +133,17 @@ class GRPOTrainer(EntropyTrainer):
         rollout_func: Any = None,
         environment_factory: Any = None,
     ) -> None:
-        for name, value in (("tools", tools), ("environment_factory", environment_factory)):
-            if value is not None:
-                raise NotImplementedError(f"{name} is not there yet: leave it None.")
+        if tools or environment_factory is not None:
+            if rollout_func is not None:
+                raise ValueError(
+                    "rollout_func samples in the place of the engine, so nothing would call tools or make "
+                    "environments: leave out either rollout_func, or tools and environment_factory."
+                )
+            self.toolbox = Toolbox(tools, environment_factory)
+            if self.toolbox.reward is not None:
+                reward_funcs, reward_processing_classes, args = with_reward(
+                    self.toolbox.reward, reward_funcs, reward_processing_classes, args
+                )
         if rollout_func is not None and not callable(rollout_func):
             raise TypeError(f"rollout_func={rollout_func!r} is not a function.")
         self.rollout_func = rollout_func

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -11,9 +12,11 @@ from transformers.trainer_utils import IntervalStrategy
 from slipstream.config import OnlineConfig
 from slipstream.generation.build import model_config
 from slipstream.modeling.rope import original_length
+from slipstream.rollouts.dialogue import Dialogue
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.rewards import reward_names
 from slipstream.rollouts.sampler import PromptSampler
+from slipstream.rollouts.tools import Toolbox
 
 MODEL_LIMIT = "the model's limit"
 
@@ -113,6 +116,28 @@ def check_dataset(name: str, dataset: Any) -> None:
             f"{name} has a column {images[0]!r}, and prompts with images are not supported yet: the model would see "
             f"the text alone. If that is what you want: dataset.remove_columns({images!r})."
         )
+
+
+def dialogue(toolbox: Toolbox, renderer: PromptRenderer, eos_ids: set[int]) -> Dialogue | None:
+    """How the chat template shows tools, checked; None where there is none to call."""
+    if not toolbox.schemas:
+        return None
+    variables = {name: value for name, value in renderer.template_kwargs.items() if name != "tools"}
+    return Dialogue(renderer.tokenizer, toolbox.schemas, variables, eos_ids)
+
+
+def with_reward(own: Any, reward_funcs: Any, tokenizers: Any, args: Any) -> tuple[list[Any], Any, Any]:
+    """`reward_funcs`, `reward_processing_classes` and `args` with one more reward function, of weight 1."""
+    given = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    given = [] if reward_funcs is None else given
+    if isinstance(tokenizers, list | tuple):
+        tokenizers = [*tokenizers, None]
+    elif tokenizers is not None:
+        tokenizers = [tokenizers] * len(given) + [None]
+    if getattr(args, "reward_weights", None) is not None:
+        args = copy.copy(args)
+        args.reward_weights = [*args.reward_weights, 1.0]
+    return [*given, own], tokenizers, args
 
 
 def reward_lists(

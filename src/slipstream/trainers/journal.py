@@ -13,6 +13,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from slipstream.config import OnlineConfig
 from slipstream.records import Rollout
 from slipstream.reporting import CompletionLog, CompletionRow, ProgressReporter, completions_table, write_report
+from slipstream.reporting.text import transcript
 
 logger = logging.getLogger(__name__)
 # For an upload to the Hub that is under way when training ends; its client itself waits for ever.
@@ -53,7 +54,7 @@ class Journal(TrainerCallback):
         rows = []
         for i, rollout in enumerate(rollouts[:KEPT_ROWS]):
             shown = dict(zip(self.names, rollout.rewards, strict=True))
-            text = rollout.text if isinstance(rollout.text, str) else rollout.text[-1]["content"]
+            text = rollout.text if isinstance(rollout.text, str) else transcript(rollout.text)
             # Columns that reward functions logged stand with the rewards where they are numbers, else after the text.
             for column, values in extra.items():
                 if isinstance(values[i], int | float):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -145,7 +146,24 @@ def _leaves_base_alone(policy: Any) -> bool:
     )
 
 
-def end_of_sequence_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+def known_eos_ids(model: str | nn.Module, processing_class: Any, config: OnlineConfig) -> set[int]:
+    """`end_of_sequence_ids`, before the model is loaded."""
+    from transformers import AutoConfig, GenerationConfig
+
+    tokenizer = text_tokenizer(processing_class)
+    if not isinstance(model, str):
+        return end_of_sequence_ids(model, tokenizer)
+    options: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+    revision = options.get("revision", "main")
+    try:
+        generation = GenerationConfig.from_pretrained(model, revision=revision)
+    except OSError:  # it has none of its own: transformers makes it from the model's
+        known = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=config.trust_remote_code)
+        generation = GenerationConfig.from_model_config(known)
+    return end_of_sequence_ids(SimpleNamespace(generation_config=generation), tokenizer)
+
+
+def end_of_sequence_ids(model: Any, tokenizer: Any) -> set[int]:
     """Token ids that end a completion: the generation config's and the tokenizer's."""
     ids: set[int] = set()
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -151,6 +151,16 @@ def length_metrics(rollouts: Sequence[Rollout], accelerator: Any) -> dict[str, f
     return metrics | tally.reduce(accelerator)
 
 
+def tool_metrics(rollouts: Sequence[Rollout], accelerator: Any) -> dict[str, float]:
+    """How many calls of tools a completion has on average, over all ranks, and which share of them failed."""
+    calls = torch.tensor([r.extra["tool_calls"] for r in rollouts], dtype=torch.float32, device=accelerator.device)
+    failures = torch.tensor([r.extra["tool_failures"] for r in rollouts], dtype=torch.float32, device=calls.device)
+    tally = Tally()
+    tally.mean("tools/call_frequency", calls)
+    tally.mean("tools/failure_frequency", failures / calls.clamp(min=1), calls)
+    return {"tools/failure_frequency": 0.0} | tally.reduce(accelerator)
+
+
 def mean_by_name(values: dict[str, list[float]]) -> dict[str, float]:
     """The mean of each name's values over all ranks, which may have different names."""
     everyone: list[dict[str, list[float]]] = [values]
