@@ -94,3 +94,28 @@ def build(path: str | Path, *, steps: int = 300, seed: int = 0) -> Path:
     model.save_pretrained(path)
     words.save_pretrained(path)
     return Path(path)
+
+
+def trainer(model, folder, reward=None, tools=(add,), rows=ROWS, environment_factory=None, **values):
+    """A GRPO trainer of the model."""
+    from datasets import Dataset
+
+    from slipstream import GRPOConfig, GRPOTrainer
+
+    settings = {
+        "max_completion_length": 120, "per_device_train_batch_size": 6, "num_generations": 2, "max_steps": 1,
+        "logging_steps": 1, "learning_rate": 1e-3, "report_to": [], "gradient_checkpointing": False,
+        "save_strategy": "no", "disable_tqdm": True, "html_report": False, "temperature": 0.2,
+    } | values  # fmt: skip
+    args = GRPOConfig(output_dir=str(folder), **settings)
+    rows = Dataset.from_list(rows)
+    return GRPOTrainer(
+        model, reward or (lambda completions, **_: [float(len(c)) for c in completions]), args, rows, rows,
+        processing_class=tokenizer(), tools=tools and list(tools), environment_factory=environment_factory,
+    )  # fmt: skip
+
+
+def sampled(trainer, rows=(0, 1, 2), evaluation=True, count=1):
+    """Rollouts of these rows of the dataset, `count` of each."""
+    wanted = [(row, 0, count) for row in rows]
+    return trainer._generate(trainer.train_dataset, wanted, (0, "test"), evaluation=evaluation)
