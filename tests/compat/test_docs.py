@@ -90,7 +90,10 @@ def run_python(tiny_model, tmp_path, monkeypatch, request):
     )
 
     def run(block: Block) -> None:
-        code = re.sub(r'model="[\w.-]+/[\w.-]+"', f"model={str(tiny_model)!r}", block.text)
+        model = tiny_model
+        if "tools=" in block.text or "environment_factory=" in block.text:
+            model = request.getfixturevalue("calling_model")  # whose chat template shows them
+        code = re.sub(r'model="[\w.-]+/[\w.-]+"', f"model={str(model)!r}", block.text)
         code = code.replace('output_dir="out"', smaller)
         if "server_port=8000" in code:
             server = request.getfixturevalue("server")
