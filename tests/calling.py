@@ -66,11 +66,11 @@ def schemas():
     return [get_json_schema(add)]
 
 
-def build(path: str | Path, *, steps: int = 300, seed: int = 0) -> Path:
+def build(path: str | Path, *, steps: int = 300, seed: int = 0, **shape) -> Path:
     """Save the model, trained until it knows the conversations, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    tiny.build(path, seed=seed)
+    tiny.build(path, seed=seed, **shape)
     words = tokenizer()
     model = AutoModelForCausalLM.from_pretrained(path)
     rows = []
