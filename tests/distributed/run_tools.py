@@ -26,17 +26,20 @@ def main() -> None:
     from run_sharded import SHARDED, allow_on_cpus
 
     from slipstream import GRPOConfig, GRPOTrainer
+    from slipstream.generation.engine import EngineLostError
 
     model, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     if sys.argv[4] == "sharded":
         os.environ |= SHARDED
         allow_on_cpus()
+    lose = settings.pop("lose", None)  # which of rank 1's calls to its engine fails as if a server were lost
     rows = [calling.ROWS[i] for i in (0, 0, 0, 2, 1, 2)]
+    settings = {"use_cpu": True, "per_device_train_batch_size": 6} | settings
     args = GRPOConfig(
         output_dir=str(folder), vllm_max_model_length=256, max_completion_length=130, num_generations=2,
-        logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
-        html_report=False, optim="sgd", learning_rate=0.1, shuffle_dataset=False, gradient_checkpointing=False,
-        eval_strategy="steps", eval_steps=2, max_steps=2, temperature=1.1, **{"use_cpu": True, "per_device_train_batch_size": 6} | settings,
+        logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, html_report=False, optim="sgd",
+        learning_rate=0.1, shuffle_dataset=False, gradient_checkpointing=False, eval_strategy="steps", eval_steps=2,
+        max_steps=2, temperature=1.1, **settings,
     )  # fmt: skip
     trainer = GRPOTrainer(
         model, length, args, Dataset.from_list(rows), Dataset.from_list(rows[1:]),
@@ -46,9 +49,12 @@ def main() -> None:
 
     def noted(requests, *arguments, **options):
         TURNS.append(len(requests))
+        if args.process_index == 1 and len(TURNS) == lose:
+            raise EngineLostError("lost by the test")
         return generate(requests, *arguments, **options)
 
     trainer.engine.generate = noted
+    trainer.engine.recover = lambda: None
     trainer.train()
     trainer.save_model()
     (folder / f"rank{args.process_index}.json").write_text(json.dumps([trainer.state.log_history, TURNS]))
