@@ -12,6 +12,7 @@ from calling import trainer as make
 from datasets import Dataset
 
 from slipstream import GRPOConfig, GRPOTrainer
+from slipstream.trainers.inputs import check_no_images
 
 VLLM = find_spec("vllm") is not None
 # Tokens of a turn that calls, with its end, and of what stands between turns.
@@ -129,6 +130,62 @@ def test_its_environments_can_be_all_that_rewards(calling_model, tmp_path):
     trainer.close()
 
 
+class Silent:
+    """An environment without a tool, that gives the prompt."""
+
+    def reset(self, environment=None, **_):
+        assert environment is None, "that is for the trainer"
+        return "one"
+
+
+def test_rows_choose_their_environments(calling_model, tmp_path):
+    """The row for which there is no tool to call is told of none, and answers as it likes."""
+    seen = []
+
+    def reward(prompts, completions, environments, environment, **_):
+        seen.extend(zip(environment, prompts, completions, map(type, environments), strict=True))
+        return [1.0] * len(prompts)
+
+    on = [{"role": "user", "content": "on"}]
+    rows = [
+        {"prompt": on, "calls": 1, "environment": "shelf"},
+        {"prompt": [{"role": "user", "content": ""}], "calls": 0, "environment": "silent"},
+    ]
+    trainer = make(
+        calling_model, tmp_path, reward, None, rows, {"shelf": Shelf, "silent": Silent}, temperature=0.01,
+        per_device_train_batch_size=4,
+    )  # fmt: skip
+    trainer.train()
+    words = trainer.processing_class
+    rollouts = trainer._generate(trainer.train_dataset, [(0, 0, 1), (1, 0, 1)], (0,), evaluation=False)
+    trainer.close()
+    assert ["<system>add;" in words.decode(r.prompt.ids) for r in rollouts] == [True, False]
+    assert {(name, kind) for name, *_, kind in seen} == {("shelf", Shelf), ("silent", Silent)}
+    assert all(prompt[0]["content"] == "one" for _, prompt, *_ in seen)
+    assert all(c == CONVERSATIONS["one"][1] for name, _, c, _ in seen if name == "shelf")
+    assert history(trainer, "rewards/Shelf/mean") == [1.0], "of its own rollouts"
+
+
+def test_environments_may_be_all_the_data(calling_model, tmp_path):
+    trainer = GRPOTrainer(
+        str(calling_model), args=GRPOConfig(
+            str(tmp_path), report_to=[], num_generations=4, max_completion_length=99, per_device_train_batch_size=8,
+            max_steps=2, logging_steps=1, save_strategy="no", html_report=False, disable_tqdm=True,
+        ), processing_class=calling.tokenizer(), environment_factory=Asking,
+    )  # fmt: skip
+    trainer.train()
+    trainer.close()
+    assert len(trainer.train_dataset) == 2
+    assert len(history(trainer, "reward")) == 2
+    assert min(history(trainer, "tools/call_frequency")) > 0.5
+
+
+class Asking(Shelf):
+    def reset(self, **_):
+        self.added = []
+        return "one"
+
+
 @pytest.mark.parametrize(
     ("values", "calls", "last"),
     [
@@ -222,6 +279,14 @@ def test_a_run_stopped_within_a_batch_goes_on(calling_model, tmp_path):
         assert history(whole, name) == history(again, name)
 
 
+def test_images_do_not_go_with_tools():
+    rows = [{"prompt": ROWS[0]["prompt"], "images": []}]
+    check_no_images(ROWS, None, {"a": ROWS})
+    for datasets in ([rows], [ROWS, {"a": ROWS, "b": rows}]):
+        with pytest.raises(NotImplementedError, match=r"images \(column 'images'\) in one run"):
+            check_no_images(*datasets)
+
+
 def no_docstring(a: int):
     return a
 
@@ -232,7 +297,7 @@ def no_docstring(a: int):
         ({"tools": [no_docstring]}, ValueError, "how to call 'no_docstring'"),
         ({"tools": [add], "rollout_func": print}, ValueError, "leave out either rollout_func, or tools"),
         ({"environment_factory": object}, TypeError, "has no method reset"),
-        ({"environment_factory": {"a": Shelf}}, NotImplementedError, "as a dict"),
+        ({"environment_factory": {"a": Shelf}}, ValueError, "environment=None, which is not one of those .*: 'a'"),
         ({"tools": [add], "template": None}, ValueError, "tools: the tokenizer has no chat template"),
         ({"tools": [add], "template": "{% for m in messages %}{{ m['content'] + '<end>' }}{% endfor %}"}, ValueError,
          "leaves the call of a tool out"),

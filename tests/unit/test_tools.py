@@ -198,12 +198,36 @@ def test_blocks_of_content_are_refused():
 def test_methods_of_environments_are_tools_of_their_rollouts():
     toolbox = Toolbox([add], Counter)
     assert [schema["function"]["name"] for schema in toolbox.schemas] == ["add", "increment"]
-    one, two = toolbox.environments(2)
-    assert toolbox.environments(3)[:2] == [one, two]
+    one, two = toolbox.environments([None] * 2)
+    assert toolbox.environments([None] * 3)[:2] == [one, two]
     calls = [call("increment", by=2)]
     found = toolbox.run([(toolbox.of(one), calls), (toolbox.of(two), calls), (toolbox.of(one), [*calls, ADD])])
     assert [[o.content for o in row] for row in found] == [["2"], ["2"], ["4", "3"]]
-    assert toolbox.reward is None
+    assert toolbox.rewards == []
+
+
+class Scored(Counter):
+    """Another one, with a reward of its own."""
+
+    def get_reward(self):
+        return self.count
+
+
+def test_rows_choose_among_several_environments():
+    toolbox = Toolbox([add], {"plain": Counter, "scored": Scored, "again": Scored})
+    kinds = [toolbox.kind({"environment": name}) for name in ("scored", "plain", "scored", "again")]
+    made = toolbox.environments(kinds)
+    assert [type(one) for one in made] == [Scored, Counter, Scored, Scored]
+    assert len({id(one) for one in made}) == 4
+    assert toolbox.environments(kinds) == made
+    run(toolbox, call("increment", by=3), environment=made[0])
+    [reward] = toolbox.rewards
+    assert reward(environments=made) == [3, None, 0, 0]
+    assert reward.__name__ == "Scored"
+    assert [s["function"]["name"] for s in toolbox.schemas_of({"environment": "plain"})] == ["add", "increment"]
+    for row in ({}, {"environment": "other"}):
+        with pytest.raises(ValueError, match="is not one of those in environment_factory: 'plain', 'scored', 'again'"):
+            toolbox.schemas_of(row)
 
 
 class NoReset:
@@ -233,7 +257,8 @@ def unhinted(x):
         (add, None, TypeError, "is not a list of functions"),
         (None, "Counter", TypeError, "environment_factory='Counter' is not a function"),
         (None, NoReset, TypeError, "made a NoReset, which has no method reset"),
-        (None, {"a": Counter}, NotImplementedError, "environment_factory as a dict"),
+        (None, {"a": Counter, "b": 3}, TypeError, "environment_factory=3 is not a function"),
+        ([add], {"a": Counter, "b": NoReset}, TypeError, "made a NoReset"),
     ],
 )
 def test_what_cannot_be_a_tool_is_refused(tools, factory, kind, reason):

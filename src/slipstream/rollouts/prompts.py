@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from slipstream.records import Prompt
@@ -20,20 +20,18 @@ class PromptRenderer:
     Args:
         tokenizer: The model's tokenizer.
         template_kwargs: Further variables for its chat template.
-        tools: Schemas of tools that the chat template shows to the model.
+        tools: Given a row, the schemas of the tools that the chat template shows to the model.
     """
 
     def __init__(
         self,
         tokenizer: Any,
         template_kwargs: dict[str, Any] | None = None,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
-        self.tools = list(tools or [])
-        if self.tools:
-            self.template_kwargs["tools"] = self.tools
+        self.tools = tools
 
     def render(self, row: dict[str, Any], index: int) -> Prompt:
         """Tokenize the `prompt` of a dataset row: a string as it is, messages through the chat template.
@@ -43,12 +41,13 @@ class PromptRenderer:
         Raises:
             ValueError: there is no chat template for a conversation, or the prompt is of no known form or empty.
         """
-        return Prompt(ids=self.encode(row["prompt"], f"row {index} of the dataset"), row=row, index=index)
+        tools = None if self.tools is None else self.tools(row)
+        return Prompt(ids=self.encode(row["prompt"], f"row {index} of the dataset", tools), row=row, index=index)
 
-    def encode(self, prompt: Any, where: str) -> list[int]:
+    def encode(self, prompt: Any, where: str, tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Token ids of a string or of messages, as `render` makes them; `where` names the prompt in errors."""
         if isinstance(prompt, str):
-            if self.tools:
+            if tools:
                 raise ValueError(
                     f"{where}: prompt={prompt!r} is a string, and the chat template shows tools to the model: give "
                     'prompts as lists of messages ({"role": ..., "content": ...}).'
@@ -67,7 +66,7 @@ class PromptRenderer:
                 continue_final_message=continues,
                 tokenize=True,
                 return_dict=False,
-                **self.template_kwargs,
+                **self.template_kwargs | ({"tools": tools} if tools else {}),
             )
         else:
             raise ValueError(

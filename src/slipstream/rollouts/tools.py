@@ -6,6 +6,7 @@ import asyncio
 import copy
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from slipstream.rollouts.event_loop import EventLoop
 
 logger = logging.getLogger(__name__)
 NO_TOOLS = ("reset", "get_reward")
+ONLY = None
+"""The kind of the environments of a run that has but one."""
 
 
 @dataclass(slots=True)
@@ -39,12 +42,13 @@ class Toolbox:
     Args:
         tools: Functions, plain or async, with type hints and docstrings in Google's style.
         environment_factory: Makes an environment: an object with a method `reset`, whose other public methods are
-            tools. Environments are kept and reset for later rollouts. None: there are none.
+            tools. Or a dict of several such functions: a row's column `environment` chooses one. Environments are kept
+            and reset for later rollouts. None: there are none.
 
     Attributes:
-        schemas: What the model is told about the tools.
+        schemas: What models are told about the tools, all of them.
         has_environments: Whether there are environments.
-        reward: Scores rollouts by their environments' `get_reward`; None where they have none.
+        rewards: Score rollouts by their environments' `get_reward`: a function a class that has it.
 
     Raises:
         TypeError: what is given is no function, or has no `reset`.
@@ -52,42 +56,74 @@ class Toolbox:
     """
 
     def __init__(self, tools: Sequence[Callable[..., Any]] | None, environment_factory: Any = None) -> None:
-        if isinstance(environment_factory, dict):
-            raise NotImplementedError(
-                "environment_factory as a dict, for several kinds of environments in one run, is not there yet: pass "
-                "one function that makes one kind."
-            )
-        if environment_factory is not None and not callable(environment_factory):
-            raise TypeError(f"environment_factory={environment_factory!r} is not a function.")
         if tools is not None and not isinstance(tools, list | tuple):
             raise TypeError(f"tools={tools!r} is not a list of functions.")
         self._functions = list(tools or [])
-        self._factory = environment_factory
-        self._pool: list[Any] = []
+        self.several = isinstance(environment_factory, dict)
+        self._factories: dict[Any, Any] = environment_factory if self.several else {ONLY: environment_factory}
+        if environment_factory is None or not self._factories:
+            self._factories = {}
+        for factory in self._factories.values():
+            if not callable(factory):
+                raise TypeError(f"environment_factory={factory!r} is not a function.")
+        self._pools: dict[Any, list[Any]] = {kind: [] for kind in self._factories}
         self._loop = EventLoop("tools")
         self._reported: set[str] = set()
-        self.has_environments = environment_factory is not None
-        self.reward: Callable[..., Any] | None = None
-        methods: list[Callable[..., Any]] = []
-        if self.has_environments:
-            [environment] = self.environments(1)
+        self.has_environments = bool(self._factories)
+        common = [_schema(function) for function in self._functions]
+        self._schemas: dict[Any, list[dict[str, Any]]] = {}
+        classes: list[type] = []
+        for kind in self._factories:
+            [environment] = self.environments([kind])
             if not callable(getattr(environment, "reset", None)):
                 raise TypeError(
                     f"environment_factory made a {type(environment).__name__}, which has no method reset: give it one "
                     "that takes the columns of a row, and returns None or a string."
                 )
-            methods = list(_methods(environment).values())
-            self.reward = _own_reward(environment)
-        self.schemas = [_schema(function) for function in [*self._functions, *methods]]
-        names = [schema["function"]["name"] for schema in self.schemas]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"tools: {', '.join(map(repr, twice))} is there twice: give each tool a name of its own.")
+            self._schemas[kind] = common + [_schema(method) for method in _methods(environment).values()]
+            if type(environment) not in classes:
+                classes.append(type(environment))
+        if not self.has_environments:
+            self._schemas[ONLY] = common
+        for schemas in self._schemas.values():
+            names = [schema["function"]["name"] for schema in schemas]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(
+                    f"tools: {', '.join(map(repr, twice))} is there twice: give each tool a name of its own."
+                )
+        self.schemas = [schema for schemas in self._schemas.values() for schema in schemas]
+        self.rewards = [reward for reward in map(_own_reward, classes) if reward is not None]
 
-    def environments(self, count: int) -> list[Any]:
-        """That many environments, always the same ones; they have to be reset."""
-        while len(self._pool) < count:
-            self._pool.append(self._factory())
-        return self._pool[:count]
+    def kind(self, row: dict[str, Any]) -> Any:
+        """Which environment a row of the dataset is for.
+
+        Raises:
+            ValueError: there are several, and the row's column `environment` names none of them.
+        """
+        if not self.several:
+            return ONLY
+        kind = row.get("environment")
+        if kind not in self._factories:
+            raise ValueError(
+                f"a row of the dataset has environment={kind!r}, which is not one of those in environment_factory: "
+                f"{', '.join(map(repr, self._factories))}."
+            )
+        return kind
+
+    def schemas_of(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """What the model is told about the tools that it has for a row."""
+        return self._schemas[self.kind(row)]
+
+    def environments(self, kinds: Sequence[Any]) -> list[Any]:
+        """An environment of each of these kinds, always the same ones; they have to be reset."""
+        made, taken = [], Counter[Any]()
+        for kind in kinds:
+            pool = self._pools[kind]
+            if taken[kind] == len(pool):
+                pool.append(self._factories[kind]())
+            made.append(pool[taken[kind]])
+            taken[kind] += 1
+        return made
 
     def of(self, environment: Any = None) -> dict[str, Callable[..., Any]]:
         """The tools of a rollout by name: those of all, and the methods of its environment."""
@@ -152,19 +188,20 @@ def _methods(environment: Any) -> dict[str, Callable[..., Any]]:
     return {name: getattr(environment, name) for name, _ in found if not name.startswith("_") and name not in NO_TOOLS}
 
 
-def _own_reward(environment: Any) -> Callable[..., Any] | None:
-    kind = type(environment)
-    if not callable(getattr(kind, "get_reward", None)):
+def _own_reward(kind: Any) -> Callable[..., Any] | None:
+    """A reward function of what `get_reward` of this class says; None for others' rollouts, or if there is none."""
+    get: Any = getattr(kind, "get_reward", None)
+    if not callable(get):
         return None
     reward: Callable[..., Any]
-    if inspect.iscoroutinefunction(kind.get_reward):
+    if inspect.iscoroutinefunction(get):
 
         async def reward(environments: list[Any], **_: Any) -> list[Any]:
-            return [await one.get_reward() for one in environments]
+            return [await one.get_reward() if type(one) is kind else None for one in environments]
     else:
 
         def reward(environments: list[Any], **_: Any) -> list[Any]:
-            return [one.get_reward() for one in environments]
+            return [one.get_reward() if type(one) is kind else None for one in environments]
 
     reward.__name__ = kind.__name__
     return reward

@@ -80,12 +80,14 @@ class OnlineTrainer(Evaluating):
         functions, tokenizers = preflight.check(
             args, train_dataset, eval_dataset, reward_funcs, reward_processing_classes, self.judge
         )
+        if self.toolbox is not None:
+            inputs.check_no_images(train_dataset, eval_dataset)
 
         tokenizer = loading.load_tokenizer(processing_class, model, args)
         self.renderer = PromptRenderer(
             loading.text_tokenizer(tokenizer),
             args.chat_template_kwargs,  # type: ignore[arg-type]
-            None if self.toolbox is None else self.toolbox.schemas,
+            None if self.toolbox is None else self.toolbox.schemas_of,
         )
         if self.toolbox is not None:
             self.dialogue = inputs.dialogue(self.toolbox, self.renderer, loading.known_eos_ids(model, tokenizer, args))

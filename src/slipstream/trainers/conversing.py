@@ -65,11 +65,12 @@ def _prompts(trainer: Generating, dataset: Any, rows: Sequence[int]) -> tuple[li
     rendered = functools.cache(lambda index: trainer.renderer.render(read(index), index))
     if not trainer.toolbox.has_environments:
         return [rendered(row) for row in rows], [None] * len(rows)
-    environments = trainer.toolbox.environments(len(rows))
-    prompts = []
+    toolbox, prompts = trainer.toolbox, []
+    environments = toolbox.environments([toolbox.kind(read(index)) for index in rows])
     for index, environment in zip(rows, environments, strict=True):
         row = read(index) | {"environments": environment}
-        observation = environment.reset(**copy.deepcopy(read(index)))
+        given = {name: value for name, value in read(index).items() if not toolbox.several or name != "environment"}
+        observation = environment.reset(**copy.deepcopy(given))
         if observation is None:
             prompts.append(Prompt(rendered(index).ids, row, index))
             continue
@@ -79,7 +80,8 @@ def _prompts(trainer: Generating, dataset: Any, rows: Sequence[int]) -> tuple[li
                 "string, which is added to the last message of the prompt."
             )
         row["prompt"] = _added(row["prompt"], observation)
-        prompts.append(Prompt(trainer.renderer.encode(row["prompt"], f"row {index}"), row, index, rendered=False))
+        ids = trainer.renderer.encode(row["prompt"], f"row {index}", toolbox.schemas_of(row))
+        prompts.append(Prompt(ids, row, index, rendered=False))
     return prompts, environments
 
 

@@ -19,7 +19,7 @@ from slipstream.objectives.segments import row_mean, row_sum
 from slipstream.records import MicroBatch, Rollout
 from slipstream.rollouts.tools import Toolbox
 from slipstream.trainers.entropy import EntropyConfig, EntropyTrainer
-from slipstream.trainers.inputs import with_reward
+from slipstream.trainers.inputs import rows_of_environments, with_rewards
 from slipstream.trainers.metrics import Tally
 from slipstream.trainers.policy_gradient import tally_clipping, tally_clipping_extrema
 
@@ -104,7 +104,9 @@ class GRPOTrainer(EntropyTrainer):
             It is told what they return and goes on; it is trained on its own tokens alone.
         environment_factory: Makes an object for each rollout, whose `reset(**row)` may return a string that is added to
             the prompt's last message, and whose other public methods are tools. Reward functions get the objects as
-            `environments`; with a method `get_reward`, they are a reward function themselves.
+            `environments`; with a method `get_reward`, they are a reward function themselves. A dict has several kinds,
+            of which a row's column `environment` names one. With one kind and `max_steps`, `train_dataset` may be left
+            out: `reset` gives the prompts.
 
     Example:
         ```python
@@ -140,10 +142,12 @@ class GRPOTrainer(EntropyTrainer):
                     "environments: leave out either rollout_func, or tools and environment_factory."
                 )
             self.toolbox = Toolbox(tools, environment_factory)
-            if self.toolbox.reward is not None:
-                reward_funcs, reward_processing_classes, args = with_reward(
-                    self.toolbox.reward, reward_funcs, reward_processing_classes, args
+            if self.toolbox.rewards:
+                reward_funcs, reward_processing_classes, args = with_rewards(
+                    self.toolbox.rewards, reward_funcs, reward_processing_classes, args
                 )
+            if train_dataset is None and self.toolbox.has_environments and not self.toolbox.several:
+                train_dataset = rows_of_environments(args)
         if rollout_func is not None and not callable(rollout_func):
             raise TypeError(f"rollout_func={rollout_func!r} is not a function.")
         self.rollout_func = rollout_func

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -118,26 +119,47 @@ def check_dataset(name: str, dataset: Any) -> None:
         )
 
 
+def check_no_images(*datasets: Any) -> None:
+    """Raise NotImplementedError if one of these, which go with tools, has prompts with images."""
+    for dataset in datasets:
+        if isinstance(dataset, dict):
+            check_no_images(*dataset.values())
+        elif dataset is not None and (found := {"image", "images"} & set(dataset[0])):
+            raise NotImplementedError(
+                f"tools, or environments, and prompts with images (column {sorted(found)[0]!r}) in one run are not "
+                "supported yet: remove the column, or leave out tools and environment_factory."
+            )
+
+
 def dialogue(toolbox: Toolbox, renderer: PromptRenderer, eos_ids: set[int]) -> Dialogue | None:
     """How the chat template shows tools, checked; None where there is none to call."""
     if not toolbox.schemas:
         return None
-    variables = {name: value for name, value in renderer.template_kwargs.items() if name != "tools"}
-    return Dialogue(renderer.tokenizer, toolbox.schemas, variables, eos_ids)
+    if "tools" in renderer.template_kwargs:
+        raise ValueError("chat_template_kwargs has 'tools', and tools are given to the trainer: leave out the former.")
+    return Dialogue(renderer.tokenizer, toolbox.schemas, renderer.template_kwargs, eos_ids)
 
 
-def with_reward(own: Any, reward_funcs: Any, tokenizers: Any, args: Any) -> tuple[list[Any], Any, Any]:
-    """`reward_funcs`, `reward_processing_classes` and `args` with one more reward function, of weight 1."""
+def with_rewards(own: Sequence[Any], reward_funcs: Any, tokenizers: Any, args: Any) -> tuple[list[Any], Any, Any]:
+    """`reward_funcs`, `reward_processing_classes` and `args` with further reward functions, of weight 1."""
     given = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     given = [] if reward_funcs is None else given
     if isinstance(tokenizers, list | tuple):
-        tokenizers = [*tokenizers, None]
+        tokenizers = [*tokenizers, *[None] * len(own)]
     elif tokenizers is not None:
-        tokenizers = [tokenizers] * len(given) + [None]
+        tokenizers = [tokenizers] * len(given) + [None] * len(own)
     if getattr(args, "reward_weights", None) is not None:
         args = copy.copy(args)
-        args.reward_weights = [*args.reward_weights, 1.0]
-    return [*given, own], tokenizers, args
+        args.reward_weights = [*args.reward_weights, *[1.0] * len(own)]
+    return [*given, *own], tokenizers, args
+
+
+def rows_of_environments(args: Any) -> list[dict[str, Any]] | None:
+    """Rows for environments that give the prompts themselves: as many as a generation batch has; None without steps."""
+    if getattr(args, "max_steps", 0) <= 0:
+        return None
+    row = {"prompt": [{"role": "user", "content": ""}]}
+    return [row] * (args.generation_batch_size // args.num_generations)
 
 
 def reward_lists(
@@ -212,7 +234,8 @@ def fitting_rows(
     limit, limited_by = longest
     room = limit - config.max_completion_length
     # Other columns may be costly to read (images).
-    prompts = dataset.select_columns("prompt") if hasattr(dataset, "select_columns") else dataset
+    needed = [name for name in ("prompt", "environment") if name in dataset[0]]
+    prompts = dataset.select_columns(needed) if hasattr(dataset, "select_columns") else dataset
     lengths = [len(renderer.render(prompts[row], row).ids) for row in range(len(prompts))]
     too_long = [row for row, length in enumerate(lengths) if length > room]
     if not too_long:
