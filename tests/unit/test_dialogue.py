@@ -23,7 +23,8 @@ HERMES = (
     "{{ '<im_end>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 LLAMA = (
-    "{{ '<bos>' }}{% for m in messages %}{{ '<' + m['role'] + '>\n\n' }}"
+    "{{ '<bos>' }}{% for t in tools %}{{ t['function'] | tojson }}{% endfor %}"
+    "{% for m in messages %}{{ '<' + m['role'] + '>\n\n' }}"
     "{% if m['tool_calls'] %}{% set c = m['tool_calls'][0]['function'] %}"
     "{{ '{\"name\": \"' + c['name'] + '\", \"parameters\": ' }}{{ c['arguments'] | tojson }}{{ '}' }}"
     "{% elif m['role'] == 'tool' %}{{ m['content'] | tojson }}{% else %}{{ m['content'] }}{% endif %}{{ '<im_end>' }}"
@@ -170,3 +171,8 @@ def test_a_tokenizers_own_parser_comes_first():
 def test_templates_that_cannot_be_followed_are_refused(template, reason):
     with pytest.raises(ValueError, match=reason):
         dialogue(words(template))
+
+
+def test_a_template_that_does_not_show_tools_is_told_of():
+    with pytest.warns(UserWarning, match="does not tell the model about the tools"):
+        dialogue(words(LLAMA.replace("for t in tools", "for t in []")))

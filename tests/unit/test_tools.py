@@ -132,6 +132,27 @@ def test_the_first_failure_of_each_tool_is_logged(caplog):
     assert "in fail\n" in caplog.text
 
 
+def test_what_is_under_way_when_a_tool_stops_the_run_is_cancelled():
+    ended = []
+
+    async def stop() -> None:
+        """Stop."""
+        raise KeyboardInterrupt
+
+    async def go_on() -> None:
+        """Go on."""
+        try:
+            await asyncio.sleep(60)
+            ended.append("at last")
+        finally:
+            ended.append("cancelled")
+
+    toolbox = Toolbox([go_on, stop])
+    with pytest.raises(KeyboardInterrupt):
+        run(toolbox, call("go_on"), call("stop"))
+    assert ended == ["cancelled"]
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, asyncio.CancelledError])
 def test_what_is_no_error_goes_through(kind):
     def stop() -> None:

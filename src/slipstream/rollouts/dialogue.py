@@ -6,6 +6,7 @@ a rendered conversation that is made up around them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,6 +124,13 @@ class Dialogue:
         ):
             if left_out:
                 raise ValueError(f"tools: the chat template leaves {what} out. {WAY_OUT}")
+        if call["name"] not in self.tokenizer.decode(asked):
+            warnings.warn(
+                "tools: the chat template does not tell the model about the tools that it has: say it in the prompts, "
+                "or set tokenizer.chat_template.",
+                UserWarning,
+                stacklevel=6,
+            )
         before = asked if head[: len(asked)] == asked else question
         turn = head[len(before) :]
         # Anything else that ended here would be taken for the end of the turn.

@@ -24,7 +24,7 @@ class EventLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """What the coroutine returns. An interrupt of the caller cancels it."""
+        """What the coroutine returns. If it fails, or the caller is interrupted, all that is under way is cancelled."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             weakref.finalize(self, self._loop.close)
@@ -36,4 +36,14 @@ class EventLoop:
             except BaseException:
                 if not future.done():  # leaving the pool would wait for it
                     loop.call_soon_threadsafe(task.cancel)
+                # Or it would go on with the next call.
+                pool.submit(_cancel_all, loop).result()
                 raise
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.wait(left))
