@@ -63,7 +63,8 @@ class Rollout:
     Attributes:
         prompt: The prompt.
         completion: The engine's completion.
-        text: The completion in the prompt's own format: a string, or a list with one assistant message.
+        text: The completion in the prompt's own format: a string, or a list with one assistant message; with tools, all
+            messages of it, turns of the model and results of tools.
         truncated: True if the completion's last token does not end a sequence.
         rewards: One value a reward function; None where the function could not score it.
         advantage: How much better than its group this completion was, in the trainer's own scaling.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.util import find_spec
 
 import calling
@@ -12,6 +13,7 @@ from calling import trainer as make
 from datasets import Dataset
 
 from slipstream import GRPOConfig, GRPOTrainer
+from slipstream.trainers import loading
 from slipstream.trainers.inputs import check_no_images
 
 VLLM = find_spec("vllm") is not None
@@ -285,6 +287,20 @@ def test_images_do_not_go_with_tools():
     for datasets in ([rows], [ROWS, {"a": ROWS, "b": rows}]):
         with pytest.raises(NotImplementedError, match=r"images \(column 'images'\) in one run"):
             check_no_images(*datasets)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_ends_a_turn_is_known_before_the_model_is_loaded(kept, calling_model, tmp_path):
+    folder = shutil.copytree(calling_model, tmp_path / "model")
+    config = folder / "generation_config.json"
+    config.write_text(config.read_text().replace('"eos_token_id": 1', '"eos_token_id": [1, 7]'))
+    if not kept:
+        config.unlink()  # transformers makes one of the model's own
+    words, args = calling.tokenizer(), GRPOConfig(str(tmp_path), report_to=[])
+    model = loading.load_policy(str(folder), args)
+    known = loading.known_eos_ids(str(folder), words, args)
+    assert known == loading.known_eos_ids(model, words, args) == loading.end_of_sequence_ids(model, words)
+    assert known == ({1, 7} if kept else {1})
 
 
 def no_docstring(a: int):
