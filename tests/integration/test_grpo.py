@@ -252,9 +252,3 @@ def test_errors_of_a_reward_function_reach_the_caller(tiny_model, tmp_path):
 def test_bad_input_is_an_error_before_a_model_loads(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         make("no/such-model-anywhere", tmp_path, **values)
-
-
-def test_what_is_not_there_yet_says_so(tmp_path):
-    args = GRPOConfig(output_dir=str(tmp_path), report_to=[])
-    with pytest.raises(NotImplementedError, match="tools is not there yet"):
-        GRPOTrainer("m", digits, args, Dataset.from_list(ROWS), tools=[len])
