@@ -168,6 +168,14 @@ def test_rows_choose_their_environments(calling_model, tmp_path):
     assert history(trainer, "rewards/Shelf/mean") == [1.0], "of its own rollouts"
 
 
+def test_what_reset_returns_needs_a_message(calling_model, tmp_path):
+    rows = [{"prompt": "one"}] * 3
+    trainer = make(calling_model, tmp_path, None, None, rows, Silent)
+    with pytest.raises(ValueError, match="prompt='one' is no list of messages"):
+        trainer.train()
+    trainer.close()
+
+
 def test_environments_may_be_all_the_data(calling_model, tmp_path):
     trainer = GRPOTrainer(
         str(calling_model), args=GRPOConfig(
@@ -287,6 +295,18 @@ def test_images_do_not_go_with_tools():
     for datasets in ([rows], [ROWS, {"a": ROWS, "b": rows}]):
         with pytest.raises(NotImplementedError, match=r"images \(column 'images'\) in one run"):
             check_no_images(*datasets)
+
+
+def test_images_in_messages_are_refused_too(calling_model, tmp_path):
+    words = calling.tokenizer()
+    words.chat_template = words.chat_template.replace("+ m['content'] + '<end>", "+ m['content'] | string + '<end>")
+    blocks = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "one"}]
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": blocks}]}])
+    args = GRPOConfig(str(tmp_path), report_to=[], max_steps=1, per_device_train_batch_size=8, max_completion_length=9)
+    trainer = GRPOTrainer(str(calling_model), [len], args, rows, processing_class=words, tools=[add])
+    with pytest.raises(NotImplementedError, match="row 0: tools, or environments, and prompts with images"):
+        trainer.train()
+    trainer.close()
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -30,6 +30,7 @@ def converse(
 
     Raises:
         EngineLostError: the engine was lost, for this rank or another one. All of it has to be done again.
+        NotImplementedError: a prompt has images.
         ValueError: a prompt is none that tools can be shown with, or leaves no room for a completion.
     """
     assert trainer.toolbox is not None
@@ -37,6 +38,10 @@ def converse(
     prompts, environments = _prompts(trainer, dataset, [row for row, _ in numbered])
     episodes = []
     for (row, number), prompt, environment in zip(numbered, prompts, environments, strict=True):
+        if _has_images(prompt):
+            raise NotImplementedError(
+                f"row {row}: tools, or environments, and prompts with images in one run are not supported yet."
+            )
         room = sampling.max_tokens
         if trainer.longest is not None:
             limit, limited_by = trainer.longest
@@ -51,6 +56,14 @@ def converse(
     limit_of_rounds = getattr(trainer.args, "max_tool_calling_iterations", None)
     play(episodes, trainer.dialogue, trainer.toolbox, _asking(trainer, prompts, sampling), limit_of_rounds)
     return episodes
+
+
+def _has_images(prompt: Prompt) -> bool:
+    contents = [message.get("content") for message in prompt.row["prompt"] if isinstance(message, dict)]
+    blocks = [block for content in contents if isinstance(content, list) for block in content]
+    return getattr(prompt, "images", None) is not None or any(
+        isinstance(block, dict) and block.get("type") == "image" for block in blocks
+    )
 
 
 def _seed(seed: tuple[Any, ...], row: int, number: int, turn: int) -> int:
@@ -87,7 +100,9 @@ def _prompts(trainer: Generating, dataset: Any, rows: Sequence[int]) -> tuple[li
 
 def _added(prompt: Any, observation: str) -> Any:
     if not is_conversational(prompt):
-        return prompt  # which is refused when it is rendered
+        raise ValueError(
+            f"prompt={prompt!r} is no list of messages, so what reset returned has no place: give prompts as messages."
+        )
     content = prompt[-1]["content"]
     more: Any = observation if isinstance(content, str) else [{"type": "text", "text": observation}]
     return [*prompt[:-1], prompt[-1] | {"content": content + more}]
