@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy
 import pytest
 import tiny
+import tiny_vision
 import torch
 from hypothesis import settings
 
@@ -77,3 +78,9 @@ def tiny_model(tmp_path_factory):
 def tiny_model_untied(tmp_path_factory):
     """The same with an LM head of its own."""
     return tiny.build(tmp_path_factory.mktemp("models") / "tiny-untied", tied=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_vision_model(tmp_path_factory):
+    """Folder of a tiny random vision-language model."""
+    return tiny_vision.build_idefics3(tmp_path_factory.mktemp("models") / "tiny-vision")
