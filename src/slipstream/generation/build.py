@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Collection
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from slipstream import vllm_compat
 from slipstream.config import OnlineConfig
 from slipstream.generation.engine import Engine
 
@@ -86,7 +88,7 @@ def build_engine(
         else:
             # The engine needs the shape alone: its weights arrive from the trainer before the first token.
             source, revision = _save_shape(policy(), tokenizer, Path(folder)), None
-            options.setdefault("load_format", "dummy")
+            options = vllm_compat.without_weights() | options
         return ColocateEngine(
             model=source,
             revision=revision,
@@ -147,7 +149,10 @@ def _continuous_batching(config: OnlineConfig) -> dict[str, Any] | None:
 def _save_shape(model: nn.Module, tokenizer: Any, folder: Path) -> str:
     given: Any = model
     base = given.get_base_model() if hasattr(given, "get_base_model") else given
-    base.config.save_pretrained(folder)
+    config = copy.deepcopy(base.config)
+    # A model that was never loaded does not say so itself, and vLLM would guess one that cannot generate.
+    config.architectures = config.architectures or [type(base).__name__]
+    config.save_pretrained(folder)
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
