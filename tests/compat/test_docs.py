@@ -89,7 +89,8 @@ def run_python(tiny_model, tmp_path, monkeypatch, request):
     )
 
     def run(block: Block) -> None:
-        code = re.sub(r'model="[\w.-]+/[\w.-]+"', f"model={str(tiny_model)!r}", block.text)
+        model = request.getfixturevalue("tiny_vision_model") if '"image":' in block.text else tiny_model
+        code = re.sub(r'model="[\w.-]+/[\w.-]+"', f"model={str(model)!r}", block.text)
         code = code.replace('output_dir="out"', smaller)
         if "server_port=8000" in code:
             server = request.getfixturevalue("server")

@@ -85,7 +85,6 @@ def check_dataset(name: str, dataset: Any) -> None:
     """Raise an error unless `dataset` is None or rows with a prompt that can be read by position.
 
     Raises:
-        NotImplementedError: It has prompts with images, which the model would not see.
         ValueError: It is anything else.
     """
     if dataset is None:
@@ -106,12 +105,6 @@ def check_dataset(name: str, dataset: Any) -> None:
         raise ValueError(
             f"{name} has no column 'prompt'; its columns are {', '.join(map(repr, dataset[0]))}. Rename one: "
             "dataset.rename_column(..., 'prompt')."
-        )
-    images = [column for column in ("image", "images") if column in dataset[0]]
-    if images:
-        raise NotImplementedError(
-            f"{name} has a column {images[0]!r}, and prompts with images are not supported yet: the model would see "
-            f"the text alone. If that is what you want: dataset.remove_columns({images!r})."
         )
 
 
@@ -163,15 +156,18 @@ def _server_limit(config: OnlineConfig) -> int:
         return client.server_info().max_model_len
 
 
+def model_config(model: Any, config: OnlineConfig) -> Any:
+    """The configuration of a model, or of the one that has this name."""
+    if not isinstance(model, str):
+        return model.config
+    options: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+    return AutoConfig.from_pretrained(
+        model, revision=options.get("revision", "main"), trust_remote_code=config.trust_remote_code
+    )
+
+
 def _model_limits(model: Any, config: OnlineConfig) -> list[tuple[int | None, str]]:
-    if isinstance(model, str):
-        options: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
-        model_config = AutoConfig.from_pretrained(
-            model, revision=options.get("revision", "main"), trust_remote_code=config.trust_remote_code
-        )
-    else:
-        model_config = model.config
-    text = model_config.get_text_config()
+    text = model_config(model, config).get_text_config()
     limits = [(getattr(text, "max_position_embeddings", None), MODEL_LIMIT)]
     if config.use_vllm:
         # vLLM's own choice where vllm_max_model_length is not given.
@@ -184,6 +180,8 @@ def fitting_rows(
 ) -> Any:
     """The rows of `dataset` (or of each of a dict of them) whose prompts leave room for `max_completion_length`.
 
+    Of prompts with images the text alone is looked at; see `vision.check_prompt`.
+
     Raises:
         ValueError: a prompt is too long and `overlong_prompts` is `error`, or none is left.
     """
@@ -195,7 +193,7 @@ def fitting_rows(
     room = limit - config.max_completion_length
     # Other columns may be costly to read (images).
     prompts = dataset.select_columns("prompt") if hasattr(dataset, "select_columns") else dataset
-    lengths = [len(renderer.render(prompts[row], row).ids) for row in range(len(prompts))]
+    lengths = [renderer.text_tokens(prompts[row]["prompt"], row) for row in range(len(prompts))]
     too_long = [row for row, length in enumerate(lengths) if length > room]
     if not too_long:
         return dataset
