@@ -90,6 +90,9 @@ class OnlineTrainer(Evaluating):
         self._scorers = functions
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         images = vision.check(datasets, model, args, functions, self.rollout_func)
+        if images and args.ddp_find_unused_parameters is None:
+            # A rank whose rows have no images leaves the part that sees alone, while others do not.
+            args.ddp_find_unused_parameters = True
         tokenizer = loading.load_tokenizer(processing_class, model, args, images)
         self.renderer = PromptRenderer(
             loading.text_tokenizer(tokenizer),
