@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import tiny_vision
 import torch
-from datasets import Dataset
 from test_images import rows as dataset
 from test_images import settings as shared
 from test_images import user, vowels
@@ -146,9 +145,3 @@ def test_grpo_learns_from_what_the_engine_sampled(folder, engine, tmp_path, as_m
     assert max(entry["sampling/sampling_logp_difference/max"] for entry in logs) < 1e-3
     changed = [name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])]
     assert any("vision_model" in name for name in changed)
-
-
-def test_images_for_a_server_are_refused_early(folder, tmp_path):
-    args = GRPOConfig(**shared(tmp_path, use_vllm=True, vllm_mode="server"))
-    with pytest.raises(NotImplementedError, match=r"train_dataset has a column 'images'.*vllm_mode='server' yet"):
-        GRPOTrainer(str(folder), vowels, args, Dataset.from_list(list(dataset(8))))

@@ -63,16 +63,23 @@ def check_prompt(index: int, request: Request, seen: Sequence[int]) -> None:
     Then its processor has cut the images into other pieces than the trainer's, whose log-probabilities would be those
     of another prompt.
     """
-    own = list(request.prompt_ids)
-    if request.images is None or list(seen) == own:
-        return
+    if request.images is not None and (why := difference(seen, request.prompt_ids)):
+        raise RuntimeError(
+            f"generate: request {index} {why}: leave processing_class out, give the same ones to vLLM "
+            "(vllm_engine_kwargs={'mm_processor_kwargs': {...}}), or save the processor beside the model."
+        )
+
+
+def difference(seen: Sequence[int], own: Sequence[int]) -> str | None:
+    """Where the token ids that vLLM sees of a prompt with images are not the trainer's `own`; None: nowhere."""
+    if list(seen) == list(own):
+        return None
     differ = (i for i, (theirs, ours) in enumerate(zip(seen, own, strict=False)) if theirs != ours)
     place = next(differ, min(len(seen), len(own)))
-    raise RuntimeError(
-        f"generate: request {index} has images, and vLLM's processor makes {len(seen)} tokens of its prompt where the "
-        f"trainer's makes {len(own)}; from token {place} on they differ. The model would be trained on other prompts "
-        "than it answers. Give both the same settings: leave processing_class out, or give the same ones to vLLM "
-        "(vllm_engine_kwargs={'mm_processor_kwargs': {...}}), or save the processor beside the model."
+    return (
+        f"has images, and vLLM's processor makes {len(seen)} tokens of its prompt where the trainer's makes "
+        f"{len(own)}; from token {place} on they differ. The model would be trained on other prompts than it answers. "
+        "Give both processors the same settings"
     )
 
 

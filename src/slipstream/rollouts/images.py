@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from slipstream.pictures import as_png_holds_it
 from slipstream.records import Images
 
 COLUMNS = ("images", "image")
@@ -66,7 +67,7 @@ def fill(messages: Sequence[dict[str, Any]], images: Sequence[Any], where: str) 
             own = left.pop(0) if left else None
         if own is not None:
             _check_image(own, where)
-            pictures.append(own)
+            pictures.append(as_png_holds_it(own))
     if places != len(images):
         raise ValueError(
             f"{where} has {len(images)} image{'s' * (len(images) != 1)} for {places} image part"

@@ -95,8 +95,6 @@ def _obstacles(config: OnlineConfig, rollout_func: Any, scorers: Sequence[Any]) 
             "rollout_func: it gives token ids, from which it cannot be told where the images are that the model has "
             "to be trained with. Leave one of them out."
         )
-    if config.use_vllm and config.vllm_mode == "server":
-        yield "vllm_mode='server' yet: use vllm_mode='colocate', or use_vllm=False."
     if config.use_vllm and config.samples_from_reference:
         yield "vLLM in a trainer that samples from the reference, where it takes text alone: set use_vllm=False."
     if not config.use_vllm and config.use_transformers_continuous_batching:
