@@ -130,3 +130,59 @@ def qwen2_5_vl(seed: int = 0) -> tuple[Any, Any]:
         model = Qwen2_5_VLForConditionalGeneration(config)
         _randomized(model, seed)
     return model, processor
+
+
+# Of these a vision tower and a language model that many others have, too.
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 24,
+    "patch_size": 6,
+}  # fmt: skip
+TEXT = {
+    "vocab_size": 160, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def llava(seed: int = 0) -> tuple[Any, Any]:
+    """A random LLaVA and its processor."""
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    words = tokenizer(["<image>"], "<image>")
+    images = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    processor = LlavaProcessor(
+        images, words, patch_size=6, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=words.chat_template,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "projection_dim": 32, **VISION},
+        text_config={"model_type": "llama", **TEXT}, image_token_id=words.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        model = LlavaForConditionalGeneration(config)
+        _randomized(model, seed)
+    return model, processor
+
+
+def gemma3(seed: int = 0) -> tuple[Any, Any]:
+    """A random Gemma 3, which sees all tokens of an image from each of them, and its processor."""
+    import torch
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    names = {"boi": "<start_of_image>", "image": "<image_soft_token>", "eoi": "<end_of_image>"}
+    words = tokenizer(list(names.values()), names["boi"])
+    ids = {f"{kind}_token_id": words.convert_tokens_to_ids(name) for kind, name in names.items()}
+    for kind, name in names.items():
+        setattr(words, f"{kind}_token", name)
+        setattr(words, f"{kind}_token_id", ids[f"{kind}_token_id"])
+    images = Gemma3ImageProcessorPil(size={"height": 24, "width": 24})
+    processor = Gemma3Processor(images, words, chat_template=words.chat_template, image_seq_length=4)
+    config = Gemma3Config(
+        vision_config=VISION, text_config={**TEXT, "head_dim": 32, "sliding_window": 16}, mm_tokens_per_image=4, **ids
+    )
+    with torch.random.fork_rng():
+        model = Gemma3ForConditionalGeneration(config)
+        _randomized(model, seed)
+    return model, processor

@@ -75,7 +75,7 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
         scorer = load_scorer(run_config, trainer_class)
         train, test = load_datasets(run_config, evaluates=args.eval_strategy != "no" or args.eval_on_start)
         if dry_run:
-            _check_the_rest(args, scorer, train, test)
+            _check_the_rest(args, run_config.model_name_or_path, scorer, train, test)
     except (ValueError, NotImplementedError, FileNotFoundError) as error:
         sys.exit(f"slipstream {algorithm}: {error}")
     if dry_run:
@@ -108,13 +108,14 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
     leave_process_group()
 
 
-def _check_the_rest(args: Any, scorer: dict[str, Any], train: Any, test: Any) -> None:
+def _check_the_rest(args: Any, model: str, scorer: dict[str, Any], train: Any, test: Any) -> None:
     """What the trainer would check before it loads the model."""
     from slipstream.generation.build import check_sampling
-    from slipstream.trainers import inputs
+    from slipstream.trainers import inputs, vision
 
     inputs.check_rows(args, train, test)
-    inputs.reward_lists(scorer.get("reward_funcs"), None, args, scorer.get("judge"))
+    functions, _ = inputs.reward_lists(scorer.get("reward_funcs"), None, args, scorer.get("judge"))
+    vision.check({"train_dataset": train, "eval_dataset": test}, model, args, functions)
     check_sampling(args)
 
 
