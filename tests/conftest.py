@@ -15,6 +15,7 @@ import calling
 import numpy
 import pytest
 import tiny
+import tiny_vision
 import torch
 from hypothesis import settings
 
@@ -84,3 +85,9 @@ def tiny_model_untied(tmp_path_factory):
 def calling_model(tmp_path_factory):
     """Folder of a tiny chat model that calls tools; see `calling`."""
     return calling.build(tmp_path_factory.mktemp("models") / "calling")
+
+
+@pytest.fixture(scope="session")
+def tiny_vision_model(tmp_path_factory):
+    """Folder of a tiny random vision-language model."""
+    return tiny_vision.build_idefics3(tmp_path_factory.mktemp("models") / "tiny-vision")

@@ -126,7 +126,7 @@ class OnlineConfig(TrainingArguments):
     log_completions: bool = option(False, "Print a table of prompts and completions every `logging_steps`.")
     num_completions_to_print: int | None = option(None, "Rows of that table; None: all of them.")
     log_unique_prompts: bool = option(False, "Show each prompt once in that table.")
-    log_multimodal: bool = option(True, "Show images beside the completions.")
+    log_multimodal: bool = option(True, "Accepted; images are not shown, [image] stands in their place.")
     log_completions_hub_repo: str | None = option(
         None, "Dataset repository on the Hub that completions.jsonl is uploaded to."
     )

@@ -15,21 +15,43 @@ if TYPE_CHECKING:
     from slipstream.modeling.attention import Layout
 
 
+@dataclass(slots=True, eq=False)
+class Images:
+    """The images of one prompt, as the engine and as the trained model take them.
+
+    Attributes:
+        pictures: PIL images, in the order of their places in the prompt.
+        engine_ids: The prompt's token ids with one placeholder an image, as the chat template writes them. vLLM makes
+            of each as many as the model has features for, which is what the trainer's processor does for `Prompt.ids`.
+        features: The processor's tensors for the model (`pixel_values`, `image_grid_thw`, ...), on the CPU. Those of
+            several prompts are joined along dimension 0.
+        token_features: Its tensors of shape (1, prompt tokens) which mark tokens (`mm_token_type_ids`, ...); 0 is text.
+    """
+
+    pictures: tuple[Any, ...]
+    engine_ids: list[int]
+    features: dict[str, Tensor] = field(default_factory=dict)
+    token_features: dict[str, Tensor] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class Prompt:
     """One dataset row, rendered and tokenized.
 
     Attributes:
-        ids: Token ids that the engine continues.
-        row: The dataset row as it was read; its columns other than `prompt` go to the reward functions.
+        ids: Token ids that the engine continues, as the model sees them: with all placeholders of images.
+        row: The dataset row as it was read; its columns other than `prompt`, `image` and `images` go to the reward
+            functions.
         index: Position of the row in its dataset (the same on every rank and after a resume).
         rendered: Whether `ids` follow from the row; False where a rollout function chose them.
+        images: Its images; None where it has none.
     """
 
     ids: list[int]
     row: dict[str, Any]
     index: int
     rendered: bool = True
+    images: Images | None = None
 
 
 @dataclass(slots=True)
@@ -143,6 +165,8 @@ class MicroBatch:
         group_size: Completions of a prompt that stand side by side; 1 where they were not kept together.
         position_ids_BT: Position of each token in its own sequence; None: as the columns are numbered.
         layout: What the one packed row consists of, and what attention needs to know about it; None: rows are padded.
+        features: What else the model is called with, by name, where rows have images: `pixel_values` and the like, all
+            rows' after each other, and (B, T) marks of tokens.
     """
 
     rollouts: list[Rollout]
@@ -158,6 +182,7 @@ class MicroBatch:
     group_size: int = 1
     position_ids_BT: Tensor | None = None
     layout: Layout | None = None
+    features: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def segments(self) -> tuple[Segment, ...] | None:

@@ -90,7 +90,7 @@ def run_python(tiny_model, tmp_path, monkeypatch, request):
     )
 
     def run(block: Block) -> None:
-        model = tiny_model
+        model = request.getfixturevalue("tiny_vision_model") if '"image":' in block.text else tiny_model
         if "tools=" in block.text or "environment_factory=" in block.text:
             model = request.getfixturevalue("calling_model")  # whose chat template shows them
         code = re.sub(r'model="[\w.-]+/[\w.-]+"', f"model={str(model)!r}", block.text)

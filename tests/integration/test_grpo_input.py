@@ -137,10 +137,3 @@ def test_an_unknown_vllm_is_an_error_before_a_model_loads(tiny_model, tmp_path, 
     vllm_compat.load.cache_clear()  # the answer of the first import is kept
     with pytest.raises(Exception, match=r"0\.21\.0.*0\.26.*pip install"):
         make(tiny_model, tmp_path, SHORT, **LIMIT)
-
-
-@pytest.mark.parametrize("column", ["image", "images"])
-def test_images_are_refused_instead_of_being_left_out(tiny_model, tmp_path, column):
-    rows = Dataset.from_list([row | {column: "a.png"} for row in SHORT])
-    with pytest.raises(NotImplementedError, match=rf"train_dataset has a column '{column}'.*the text alone"):
-        make(str(tmp_path / "no model"), tmp_path, rows)

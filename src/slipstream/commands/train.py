@@ -80,7 +80,8 @@ def run(algorithm: str, config: Path | None, options: list[str], *, list_fields:
         if dry_run:
             from slipstream.trainers import preflight
 
-            preflight.check(args, train, test, scorer.get("reward_funcs"), judge=scorer.get("judge"))
+            given = args, run_config.model_name_or_path, train, test
+            preflight.check(*given, scorer.get("reward_funcs"), judge=scorer.get("judge"))
             print(f"{len(train)} training rows, {len(test) if test is not None else 0} test rows; settings are valid.")
             return
         trainer = trainer_class(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Collection
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from slipstream import vllm_compat
 from slipstream.config import OnlineConfig
 from slipstream.generation.engine import Engine
 
@@ -86,7 +88,7 @@ def build_engine(
         else:
             # The engine needs the shape alone: its weights arrive from the trainer before the first token.
             source, revision = _save_shape(policy(), tokenizer, Path(folder)), None
-            options.setdefault("load_format", "dummy")
+            options = vllm_compat.without_weights() | options
         return ColocateEngine(
             model=source,
             revision=revision,
@@ -113,8 +115,10 @@ def _changes(model: str, config: OnlineConfig) -> list[str]:
     return [name for name, value in given.items() if hasattr(saved, name) and getattr(saved, name) != value]
 
 
-def model_config(model: str, config: OnlineConfig) -> Any:
-    """The configuration of the model of that name or folder, as `model_init_kwargs` changes it."""
+def model_config(model: Any, config: OnlineConfig) -> Any:
+    """The configuration of a model, or of that of this name or folder, as `model_init_kwargs` changes it."""
+    if not isinstance(model, str):
+        return model.config
     given = _settings_given(config)
     return given["config"] if "config" in given else _saved_config(model, config, **given)
 
@@ -161,7 +165,10 @@ def _continuous_batching(config: OnlineConfig) -> dict[str, Any] | None:
 def _save_shape(model: nn.Module, tokenizer: Any, folder: Path) -> str:
     given: Any = model
     base = given.get_base_model() if hasattr(given, "get_base_model") else given
-    base.config.save_pretrained(folder)
+    config = copy.deepcopy(base.config)
+    # A model that was never loaded does not say so itself, and vLLM would guess one that cannot generate.
+    config.architectures = config.architectures or [type(base).__name__]
+    config.save_pretrained(folder)
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -15,12 +15,19 @@ from typing import TYPE_CHECKING, Any
 from slipstream import vllm_compat
 from slipstream.generation.engine import OnFinished, Request, Sampling, SyncReport
 from slipstream.generation.guest import Guest
-from slipstream.generation.requests import check_lengths, completions_of, ids_of, mixture_of
+from slipstream.generation.requests import (
+    check_lengths,
+    check_prompt,
+    completions_of,
+    ids_of,
+    mixture_of,
+    prompt_of,
+)
 from slipstream.generation.sleeping import SleepState
 from slipstream.generation.team import check_team, ranks, share_requests
 from slipstream.generation.vllm_options import check_sampling, engine_options, sampling_params
 from slipstream.records import Completion
-from slipstream.vllm_compat import check_sleep_supported, mixture, process, sampled_logprobs, token_prompt
+from slipstream.vllm_compat import check_sleep_supported, mixture, process, sampled_logprobs
 from slipstream.weights.plan import WeightUpdateError
 from slipstream.weights.transports import in_place
 
@@ -150,7 +157,7 @@ class ColocateEngine:
 
         Raises:
             RuntimeError: The engine has no weights of the trainer, or none of the reference that the requests ask for;
-                it sleeps, or is closed; or vLLM lost a completion.
+                it sleeps, or is closed; vLLM lost a completion, or makes other tokens of a prompt with images.
             ValueError: A prompt and `max_tokens` do not fit into `max_model_len`, an option is unknown, or mixtures
                 differ or need a reference that is not there.
         """
@@ -174,7 +181,7 @@ class ColocateEngine:
             if self._has_reference:
                 self._llm.collective_rpc(mixture.set_mixture, args=(share,))
             salt = mixture.cache_salt(share)
-            prompts = [token_prompt(list(request.prompt_ids), salt) for request in requests]
+            prompts = [prompt_of(request, salt) for request in requests]
             params = [sampling_params(request, asked) for request in requests]
             telling: Any = contextlib.nullcontext()
             if on_finished is not None:
@@ -194,6 +201,8 @@ class ColocateEngine:
             recorded = recorder.take() if recorder else None
         if len(outputs) != len(requests):
             raise RuntimeError(f"generate: vLLM answered {len(outputs)} of {len(requests)} requests")
+        for index, (request, output) in enumerate(zip(requests, outputs, strict=True)):
+            check_prompt(index, request, output.prompt_token_ids)
         return [
             completions_of(
                 index,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from slipstream.records import Completion
+from slipstream.records import Completion, Images
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,7 @@ class Sampling:
         logprobs: Whether to return the sampled tokens' log-probabilities.
         regex: Completions must match this expression (structured outputs), or None.
         extra: Further arguments for the engine's own sampling class, by its names.
+        ends: Tokens that end a completion beside those that the model's own settings name.
     """
 
     max_tokens: int
@@ -41,6 +42,7 @@ class Sampling:
     logprobs: bool = True
     regex: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Request:
         mixture: Share of the reference model in the logits sampled from: 0.0 is the policy, 1.0 the reference. Between
             them, log_softmax(mixture * reference + (1 - mixture) * policy). Above 0 needs an engine with a reference.
         max_tokens: Largest number of tokens of its completions, where that is less than the call's; None: the call's.
+        images: The prompt's images; None: it has none.
     """
 
     prompt_ids: Sequence[int]
@@ -58,6 +61,7 @@ class Request:
     seed: int | None = None
     mixture: float = 0.0
     max_tokens: int | None = None
+    images: Images | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from slipstream.generation.engine import Request, Sampling
 from slipstream.records import Completion
+from slipstream.vllm_compat import token_prompt
 
 if TYPE_CHECKING:
     from slipstream.serving.wire import PromptMessage, SamplingMessage
@@ -55,6 +56,39 @@ def check_lengths(requests: Sequence[Request], sampling: Sampling, limit: int) -
                 f"exceed the engine's max_model_len={limit}. Shorten the prompt, lower max_completion_length, or "
                 "raise vllm_max_model_length."
             )
+
+
+def prompt_of(request: Request, salt: str | None) -> Any:
+    """A request's prompt as vLLM takes it."""
+    if request.images is None:
+        return token_prompt(list(request.prompt_ids), salt)
+    return token_prompt(list(request.images.engine_ids), salt, request.images.pictures)
+
+
+def check_prompt(index: int, request: Request, seen: Sequence[int]) -> None:
+    """Raise RuntimeError unless the token ids that vLLM has `seen` of a prompt with images are the trainer's.
+
+    Then its processor has cut the images into other pieces than the trainer's, whose log-probabilities would be those
+    of another prompt.
+    """
+    if request.images is not None and (why := difference(seen, request.prompt_ids)):
+        raise RuntimeError(
+            f"generate: request {index} {why}: leave processing_class out, give the same ones to vLLM "
+            "(vllm_engine_kwargs={'mm_processor_kwargs': {...}}), or save the processor beside the model."
+        )
+
+
+def difference(seen: Sequence[int], own: Sequence[int]) -> str | None:
+    """Where the token ids that vLLM sees of a prompt with images are not the trainer's `own`; None: nowhere."""
+    if list(seen) == list(own):
+        return None
+    differ = (i for i, (theirs, ours) in enumerate(zip(seen, own, strict=False)) if theirs != ours)
+    place = next(differ, min(len(seen), len(own)))
+    return (
+        f"has images, and vLLM's processor makes {len(seen)} tokens of its prompt where the trainer's makes "
+        f"{len(own)}; from token {place} on they differ. The model would be trained on other prompts than it answers. "
+        "Give both processors the same settings"
+    )
 
 
 def ids_of(request: Request, samples: Sequence[Any], sampling: Sampling) -> list[list[int]]:

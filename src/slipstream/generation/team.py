@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slipstream.generation.engine import Request, Sampling
+from slipstream.records import Images
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def share_requests(requests: Sequence[Request], sampling: Sampling, group: Any) 
     import torch.distributed as dist
 
     gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, (list(requests), sampling), group=group)
+    dist.all_gather_object(gathered, ([_without_features(r) for r in requests], sampling), group=group)
     for rank, (_, theirs) in enumerate(gathered):
         if theirs != gathered[0][1]:
             raise ValueError(
@@ -70,3 +71,10 @@ def share_requests(requests: Sequence[Request], sampling: Sampling, group: Any) 
             )
     begin = sum(len(theirs) for theirs, _ in gathered[: dist.get_rank(group)])
     return Share([request for theirs, _ in gathered for request in theirs], begin, begin + len(requests))
+
+
+def _without_features(request: Request) -> Request:
+    """vLLM makes its own of the pictures."""
+    if request.images is None:
+        return request
+    return replace(request, images=Images(request.images.pictures, request.images.engine_ids))

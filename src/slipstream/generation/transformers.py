@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,7 +16,8 @@ from slipstream.generation.guest import RandomStates
 from slipstream.generation.logits import Distribution, inference, mixed_logits, neutral_settings
 from slipstream.generation.requests import mixture_of, token_limit
 from slipstream.generation.vllm_options import check_names, names
-from slipstream.records import Completion
+from slipstream.modeling import features
+from slipstream.records import Completion, Images
 
 _OWN_OPTIONS = names(
     "max_new_tokens max_length temperature top_p top_k min_p repetition_penalty do_sample num_beams "
@@ -73,6 +74,7 @@ class TransformersEngine:
             RuntimeError: No `update_weights` yet.
             ValueError: A sampling option that transformers does not have; or mixtures that differ, or need a reference
                 that is not there.
+            NotImplementedError: A prompt has images, which continuous batching does not take.
         """
         mixture = mixture_of(requests, has_reference=self._reference is not None)
         if self.version is None:
@@ -81,6 +83,7 @@ class TransformersEngine:
         options = dict(sampling.extra)
         rows = [list(request.prompt_ids) for request in requests for _ in range(request.n)]
         limits = [token_limit(request, sampling) for request in requests for _ in range(request.n)]
+        images = [request.images for request in requests for _ in range(request.n)]
         seed = next((request.seed for request in requests if request.seed is not None), None)
         if seed is None:
             seed = self._seed + 1_000_003 * self._calls
@@ -92,12 +95,15 @@ class TransformersEngine:
             torch.manual_seed(seed % 2**63)
             with self._source(mixture) as model:
                 if self._continuous is not None and rows:
+                    if any(images):
+                        raise NotImplementedError("continuous batching takes token ids alone, and a prompt has images")
                     completions = self._sample_continuously(model, rows, limits, sampling, options)
                 else:
                     for start in range(0, len(rows), size):
                         some = slice(start, start + size)
-                        with self._mixing(model, mixture):
-                            completions += self._sample(model, rows[some], limits[some], sampling, options)
+                        completions += self._sample_forms(
+                            model, rows[some], limits[some], images[some], sampling, options, mixture
+                        )
         finally:
             states.restore()
         ordered = iter(completions)
@@ -124,8 +130,36 @@ class TransformersEngine:
             return contextlib.nullcontext()
         return mixed_logits(model, self._reference, mixture)
 
+    def _sample_forms(
+        self,
+        model: Any,
+        rows: list[list[int]],
+        limits: list[int],
+        images: list[Images | None],
+        sampling: Sampling,
+        options: dict[str, Any],
+        mixture: float,
+    ) -> list[Completion]:
+        """The completions of rows, of which those are sampled together whose images can be."""
+        alike: dict[Hashable, list[int]] = {}
+        for i, one in enumerate(images):
+            alike.setdefault(features.form(one), []).append(i)
+        sampled: dict[int, Completion] = {}
+        for chosen in alike.values():
+            own, most = [rows[i] for i in chosen], [limits[i] for i in chosen]
+            beside = features.joined([images[i] for i in chosen], max(map(len, own)), left=True)
+            with self._mixing(model, mixture):
+                sampled.update(zip(chosen, self._sample(model, own, most, beside, sampling, options), strict=True))
+        return [sampled[i] for i in range(len(rows))]
+
     def _sample(
-        self, model: Any, rows: list[list[int]], limits: list[int], sampling: Sampling, options: dict[str, Any]
+        self,
+        model: Any,
+        rows: list[list[int]],
+        limits: list[int],
+        beside: dict[str, Tensor],
+        sampling: Sampling,
+        options: dict[str, Any],
     ) -> list[Completion]:
         assert self.version is not None
         width = max(map(len, rows))
@@ -142,7 +176,7 @@ class TransformersEngine:
             max_new_tokens=max(limits),
             do_sample=sampling.temperature > 0,
             pad_token_id=self._pad,
-            eos_token_id=sorted(self._eos) or None,
+            eos_token_id=sorted(self._eos.union(sampling.ends)) or None,
             use_cache=True,  # training with gradient checkpointing switches it off in the model's config
             num_beams=1,
             repetition_penalty=1.0,
@@ -152,6 +186,7 @@ class TransformersEngine:
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
+            **{name: value.to(device) for name, value in beside.items()},
             generation_config=config,
             logits_processor=LogitsProcessorList([distribution]),
             # Ranks that divide the weights compute every step together, also when their own rows have ended; below an
@@ -173,7 +208,7 @@ class TransformersEngine:
             max_new_tokens=max(limits),
             do_sample=sampling.temperature > 0,
             pad_token_id=self._pad,
-            eos_token_id=sorted(self._eos) or None,
+            eos_token_id=sorted(self._eos.union(sampling.ends)) or None,
             **(filters if sampling.temperature > 0 else {}),
             **options,
         )
@@ -189,8 +224,8 @@ class TransformersEngine:
 
     def _trim(self, ids: list[int], logprobs: list[float], limit: int, sampling: Sampling) -> Completion:
         # Rows are sampled side by side until the last of them ends.
-        ids = ids[:limit]
-        end = next((i + 1 for i, token in enumerate(ids) if token in self._eos), None)
+        ids, ends = ids[:limit], self._eos.union(sampling.ends)
+        end = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
         length = end or len(ids)
         version = self.version if self.version is not None else -1
         return Completion(

@@ -137,6 +137,8 @@ def sampling_params(request: Request, sampling: Sampling) -> Any:
         options["structured_outputs"] = {"regex": sampling.regex}
     if isinstance(options.get("structured_outputs"), Mapping):  # as YAML and clients have it
         options["structured_outputs"] = vllm_compat.constraint(options["structured_outputs"])
+    if sampling.ends:
+        options["stop_token_ids"] = [*(options.get("stop_token_ids") or ()), *sampling.ends]
     # Text is made only when a stop string must be found in it.
     options.setdefault("detokenize", bool(options.get("stop")))
     try:

@@ -82,7 +82,7 @@ def score_tokens(
 
 def _run(model: nn.Module, batch: MicroBatch, router_loss: bool) -> Any:
     # Padding stands on the right (see Packer), so that no real token sees it: attention needs no mask.
-    options: dict[str, Any] = {"use_cache": False}
+    options: dict[str, Any] = {"use_cache": False, **batch.features}
     if router_loss:
         options["output_router_logits"] = True
     if batch.position_ids_BT is not None:

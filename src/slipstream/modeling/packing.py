@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from slipstream.modeling import features
 from slipstream.modeling.attention import Layout
-from slipstream.modeling.partition import balanced_pieces, pieces_within
+from slipstream.modeling.partition import at_least, balanced_pieces, pieces_within
 from slipstream.modeling.sending import sent
+from slipstream.modeling.sharing import costs, saving, shared_with_previous, tokens_of
 from slipstream.records import MicroBatch, Rollout, Segment, StepTotals
 
 PER_TOKEN = ("sampler_logps", "old_logps", "ref_logps", "entropy_mask")
@@ -45,8 +47,11 @@ class Packer:
         share_prompts: Let completions of one prompt share it where that saves more than a tenth of the tokens.
         max_tokens: Tokens of a packed micro-batch, at most; a rollout that is longer has one of its own. None: as many
             as `rows` rows would have if all were as long as the longest. See `budget.measured_budget`.
-        agree: Given the number of packed micro-batches that this rank needs, returns the largest of all ranks: each
-            makes that many, so that their collectives match. The default is for a single rank.
+        agree: Given the number of micro-batches that this rank needs, returns the largest of all ranks: each makes
+            that many, so that their collectives match. The default is for a single rank. It is asked where rows are
+            packed, or have images.
+        placeholders: Token ids in whose places a model puts images. One that ends a completion is none of a prompt's,
+            and nothing is predicted from it: padding stands there.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class Packer:
         share_prompts: bool = False,
         max_tokens: int | None = None,
         agree: Callable[[int], int] = int,
+        placeholders: Collection[int] = (),
     ) -> None:
         self.rows = rows
         self.pad_token_id = pad_token_id
@@ -69,6 +75,15 @@ class Packer:
         self.share_prompts = share_prompts
         self.max_tokens = max_tokens
         self.agree = agree
+        self.placeholders = frozenset(placeholders)
+        self.images = False
+
+    def expect_images(self) -> None:
+        """From now on rows may have images: they are padded, and together only where their features can be joined.
+
+        All ranks must say so together.
+        """
+        self.packed, self.images = False, True
 
     def pack(self, rollouts: Sequence[Rollout], totals: StepTotals, group_size: int = 1) -> Iterator[MicroBatch]:
         """Split `rollouts` into micro-batches; each rollout is in exactly one, and none is empty.
@@ -77,30 +92,50 @@ class Packer:
         micro-batches, so their collectives match. They are made one by one, each while the device still computes the
         one before it.
         """
+        if not self.images and any(r.prompt.images is not None for r in rollouts):
+            raise RuntimeError("a rollout has images, which `Packer.expect_images` did not announce on all ranks")
         groups = [list(rollouts[i : i + group_size]) for i in range(0, len(rollouts), group_size)]
         if self.packed:
             yield from self._pack_rows(groups, totals, group_size)
             return
-        groups.sort(key=lambda g: max(_tokens(r) for r in g), reverse=True)
+        groups.sort(key=lambda g: max(tokens_of(r) for r in g), reverse=True)
         count = max(1, self.rows // group_size)
-        for start in range(0, len(groups), count):
-            yield self.micro_batch([r for g in groups[start : start + count] for r in g], totals, group_size)
+        pieces = self._pieces_of_a_form(groups, count) if self.images else _cut(groups, count)
+        for piece in pieces:
+            yield self.micro_batch([r for g in piece for r in g], totals, group_size)
+
+    def _pieces_of_a_form(self, groups: list[list[Rollout]], count: int) -> list[list[list[Rollout]]]:
+        """At most `count` groups a piece, all of whose features can be joined; as many pieces on every rank."""
+        of_form: dict[Hashable, list[list[Rollout]]] = {}
+        for group in groups:
+            forms = {features.form(r.prompt.images) for r in group}
+            if len(forms) > 1:
+                raise ValueError(
+                    "rows that have to be computed together have images of different forms: give the completions of a "
+                    "group the same prompt."
+                )
+            of_form.setdefault(forms.pop(), []).append(group)
+        pieces = [piece for alike in of_form.values() for piece in _cut(alike, count)]
+        return at_least(pieces, self.agree(len(pieces)))
 
     def micro_batch(self, rollouts: list[Rollout], totals: StepTotals, group_size: int = 1) -> MicroBatch:
         """The tensors of these rows, padded."""
-        lengths = [_tokens(r) for r in rollouts]
+        lengths = [tokens_of(r) for r in rollouts]
         longest = self._rounded(max(lengths))
         input_ids = torch.full((len(rollouts), longest), self.pad_token_id, dtype=torch.long)
         positions, targets = [], []
         for i, rollout in enumerate(rollouts):
             prompt, completion = rollout.prompt.ids, rollout.completion.ids
-            input_ids[i, : lengths[i]] = torch.tensor([*prompt, *completion])
-            targets.append(input_ids[i, len(prompt) : lengths[i]])
+            input_ids[i, : lengths[i]] = torch.tensor([*prompt, *self._seen(completion)])
+            targets.append(torch.tensor(completion, dtype=torch.long))
             # The token at position p is predicted from position p - 1.
             first = i * longest + len(prompt) - 1
             positions.append(torch.arange(first, first + len(completion)))
         attention_mask = (torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)).long()
-        return self._micro_batch(rollouts, totals, group_size, input_ids, attention_mask, positions, targets)
+        made = self._micro_batch(rollouts, totals, group_size, input_ids, attention_mask, positions, targets)
+        beside = features.joined([r.prompt.images for r in rollouts], longest)
+        made.features = {name: self._sent(value) for name, value in beside.items()}
+        return made
 
     def packed_micro_batch(
         self, rollouts: list[Rollout], totals: StepTotals, group_size: int = 1, *, share: bool = False
@@ -108,8 +143,8 @@ class Packer:
         """The tensors of these rollouts in one row; with `share`, neighbours with the same prompt share it."""
         ids: list[int] = []
         segments: list[Segment] = []
-        position_ids, positions, spans = [], [], []
-        shared = _shared_with_previous(rollouts) if share else [False] * len(rollouts)
+        position_ids, positions = [], []
+        shared = shared_with_previous(rollouts) if share else [False] * len(rollouts)
         prompt_end = parent = 0
         for i, rollout in enumerate(rollouts):
             prompt, completion = rollout.prompt.ids, rollout.completion.ids
@@ -122,13 +157,12 @@ class Packer:
                     parent = len(segments)
                     segments.append(Segment(len(prompt)))
             start = len(ids)
-            ids += completion
+            ids += self._seen(completion)
             position_ids.append(torch.arange(len(prompt), len(prompt) + len(completion)))
             # The first token is predicted from the prompt's last, which may stand further left.
             predicted_from = torch.arange(start - 1, len(ids) - 1)
             predicted_from[:1] = prompt_end - 1
             positions.append(predicted_from)
-            spans.append(slice(start, len(ids)))
             if not shares:
                 segments.append(Segment(len(prompt) + len(completion)))
             elif completion:
@@ -141,7 +175,7 @@ class Packer:
             position_ids.append(torch.arange(padding))
             segments.append(Segment(padding))
         input_ids = torch.tensor([ids])
-        targets = [input_ids[0, span] for span in spans]
+        targets = [torch.tensor(r.completion.ids, dtype=torch.long) for r in rollouts]
         made = self._micro_batch(rollouts, totals, group_size, input_ids, mask, positions, targets)
         made.position_ids_BT = self._sent(torch.cat(position_ids).unsqueeze(0))
         made.layout = Layout(tuple(segments), self.device)
@@ -153,9 +187,9 @@ class Packer:
         """One packed micro-batch of `tokens` tokens at most, or a single group: of these rollouts, again and again."""
         groups = [list(rollouts[i : i + group_size]) for i in range(0, len(rollouts), group_size)]
         share = self._line_up(groups)
-        repeats = tokens // max(1, sum(_costs(groups, share)[1])) + 1
+        repeats = tokens // max(1, sum(costs(groups, share)[1])) + 1
         groups *= repeats
-        count = pieces_within(*_costs(groups, share), tokens)[0]
+        count = pieces_within(*costs(groups, share), tokens)[0]
         chosen = [r for g in groups[:count] for r in g]
         return self.packed_micro_batch(chosen, StepTotals(len(chosen), 1.0, 1), group_size, share=share)
 
@@ -164,12 +198,12 @@ class Packer:
         # Otherwise in the order that they came in.
         first: dict[tuple[int, ...], int] = {}
         groups.sort(key=lambda g: first.setdefault(tuple(g[0].prompt.ids), len(first)))
-        return self.share_prompts and _saving([r for g in groups for r in g]) > LEAST_SAVING
+        return self.share_prompts and saving([r for g in groups for r in g]) > LEAST_SAVING
 
     def _pack_rows(self, groups: list[list[Rollout]], totals: StepTotals, group_size: int) -> Iterator[MicroBatch]:
         share = self._line_up(groups)
-        opening, following = _costs(groups, share)
-        most = self.max_tokens or self.rows * max((_tokens(r) for g in groups for r in g), default=0)
+        opening, following = costs(groups, share)
+        most = self.max_tokens or self.rows * max((tokens_of(r) for g in groups for r in g), default=0)
         count = self.agree(len(pieces_within(opening, following, most)))
         start = 0
         for size in balanced_pieces(opening, following, count):
@@ -209,6 +243,12 @@ class Packer:
                 values[name] = self._sent(torch.cat([r.extra[name] for r in rollouts]))
         return values
 
+    def _seen(self, completion: list[int]) -> list[int]:
+        """The tokens of a completion as the model is given them."""
+        if self.placeholders and completion and completion[-1] in self.placeholders:
+            return [*completion[:-1], self.pad_token_id]
+        return completion
+
     def _sent(self, made: Tensor) -> Tensor:
         return sent(made, self.device)
 
@@ -216,36 +256,5 @@ class Packer:
         return -(-tokens // self.multiple) * self.multiple
 
 
-def _tokens(rollout: Rollout) -> int:
-    return len(rollout.prompt.ids) + len(rollout.completion.ids)
-
-
-def _shared_with_previous(rollouts: Sequence[Rollout]) -> list[bool]:
-    """For each rollout whether the one before it has the same prompt."""
-    prompts = [r.prompt for r in rollouts]
-    # Rollouts of a group have the same object, which is quicker to see than equal token ids.
-    return [i > 0 and (p is prompts[i - 1] or p.ids == prompts[i - 1].ids) for i, p in enumerate(prompts)]
-
-
-def _saving(rollouts: Sequence[Rollout]) -> float:
-    """The part of all tokens that are prompts which the rollout before has already."""
-    tokens = sum(map(_tokens, rollouts))
-    pairs = zip(rollouts, _shared_with_previous(rollouts), strict=True)
-    return sum(len(r.prompt.ids) for r, shared in pairs if shared) / max(tokens, 1)
-
-
-def _costs(groups: Sequence[Sequence[Rollout]], share: bool) -> tuple[list[int], list[int]]:
-    """Tokens of each group as the first of a row, and behind the group before it."""
-    opening, following = [], []
-    previous: Rollout | None = None
-    for group in groups:
-        own = sum(map(_tokens, group))
-        repeated = 0
-        if share:
-            own -= sum(len(r.prompt.ids) for r, same in zip(group, _shared_with_previous(group), strict=True) if same)
-            if previous is not None and _shared_with_previous([previous, group[0]])[1]:
-                repeated = len(group[0].prompt.ids)
-        opening.append(own)
-        following.append(own - repeated)
-        previous = group[-1]
-    return opening, following
+def _cut(groups: list[list[Rollout]], count: int) -> list[list[list[Rollout]]]:
+    return [groups[start : start + count] for start in range(0, len(groups), count)]

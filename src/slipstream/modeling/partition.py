@@ -7,6 +7,9 @@ the unit before it is in the same micro-batch: then a prompt that both have is t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+Unit = TypeVar("Unit")
 
 
 def pieces_within(opening: Sequence[int], following: Sequence[int], most: int) -> list[int]:
@@ -59,6 +62,25 @@ def balanced_pieces(opening: Sequence[int], following: Sequence[int], count: int
     while len(sizes) < count:
         _halve_the_largest(sizes, opening, following)
     return sizes
+
+
+def at_least(pieces: Sequence[list[Unit]], count: int) -> list[list[Unit]]:
+    """`pieces`, the largest of which are cut in two until there are `count` of them.
+
+    Raises:
+        ValueError: there are fewer units than that.
+    """
+    made = list(pieces)
+    while len(made) < count:
+        largest = max(range(len(made)), key=lambda i: len(made[i]), default=0)
+        if not made or len(made[largest]) < 2:
+            raise ValueError(
+                f"{len(made)} rollouts or groups cannot make {count} micro-batches: every rank needs as many as the "
+                "others."
+            )
+        middle = len(made[largest]) // 2
+        made[largest : largest + 1] = [made[largest][:middle], made[largest][middle:]]
+    return made
 
 
 def _halve_the_largest(sizes: list[int], opening: Sequence[int], following: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from slipstream.records import Prompt
+from slipstream.rollouts import images
 from slipstream.rollouts.detokenizing import texts_of
 
 
@@ -21,28 +22,63 @@ class PromptRenderer:
         tokenizer: The model's tokenizer.
         template_kwargs: Further variables for its chat template.
         tools: Given a row, the schemas of the tools that the chat template shows to the model.
+        processor: What makes tensors of prompts with images (it has the tokenizer, too); None: there can be none.
     """
 
     def __init__(
         self,
         tokenizer: Any,
         template_kwargs: dict[str, Any] | None = None,
+        *,
         tools: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None,
+        processor: Any | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
         self.tools = tools
+        self.processor = processor
 
     def render(self, row: dict[str, Any], index: int) -> Prompt:
         """Tokenize the `prompt` of a dataset row: a string as it is, messages through the chat template.
 
-        A conversation that ends with an assistant message is continued, any other one is answered.
+        A conversation that ends with an assistant message is continued, any other one is answered. Images of the row's
+        columns `image` or `images` get their places in the conversation: see `images.fill`.
 
         Raises:
-            ValueError: there is no chat template for a conversation, or the prompt is of no known form or empty.
+            ValueError: there is no chat template for a conversation, the prompt is of no known form or empty, or it and
+                its images do not go together.
         """
-        tools = None if self.tools is None else self.tools(row)
-        return Prompt(ids=self.encode(row["prompt"], f"row {index} of the dataset", tools), row=row, index=index)
+        where = f"row {index} of the dataset"
+        if images.has_images(row):
+            return self._render_images(row, index, where)
+        return Prompt(ids=self.encode(row["prompt"], where, self._tools(row)), row=row, index=index)
+
+    def _tools(self, row: dict[str, Any]) -> list[dict[str, Any]] | None:
+        return None if self.tools is None else self.tools(row)
+
+    def _render_images(self, row: dict[str, Any], index: int, where: str) -> Prompt:
+        prompt = row["prompt"]
+        if self.processor is None:
+            raise ValueError(f"{where} has images, but the model takes text alone.")
+        if not is_conversational(prompt):
+            raise ValueError(
+                f"{where} has images, and its prompt is a {type(prompt).__name__}: it must be a list of messages "
+                '({"role": ..., "content": ...}), in which they have their places.'
+            )
+        messages, pictures = images.fill(prompt, images.find_images(row, where), where)
+        self._check_template(self.processor, where)
+        text = self.processor.apply_chat_template(messages, tokenize=False, **self._ending(prompt))
+        ids, made = images.process(self.processor, text, pictures, where)
+        return Prompt(ids=ids, row=row, index=index, images=made)
+
+    def text_tokens(self, row: dict[str, Any], index: int) -> int:
+        """Tokens of the prompt of row `index` if its images had none; `row` may lack their columns."""
+        where, prompt = f"row {index} of the dataset", row["prompt"]
+        if self.processor is None or not images.has_images({"prompt": prompt}):
+            return len(self.encode(prompt, where, self._tools(row)))
+        self._check_template(self.processor, where)
+        text = self.processor.apply_chat_template(images.emptied(prompt, where), tokenize=False, **self._ending(prompt))
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, prompt: Any, where: str, tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Token ids of a string or of messages, as `render` makes them; `where` names the prompt in errors."""
@@ -54,20 +90,9 @@ class PromptRenderer:
                 )
             ids = self.tokenizer(prompt)["input_ids"]
         elif is_conversational(prompt):
-            if getattr(self.tokenizer, "chat_template", None) is None:
-                raise ValueError(
-                    f"{where} holds chat messages, but the tokenizer has no chat template: set "
-                    "tokenizer.chat_template, or give prompts as strings."
-                )
-            continues = prompt[-1]["role"] == "assistant"
-            ids = self.tokenizer.apply_chat_template(
-                prompt,
-                add_generation_prompt=not continues,
-                continue_final_message=continues,
-                tokenize=True,
-                return_dict=False,
-                **self.template_kwargs | ({"tools": tools} if tools else {}),
-            )
+            self._check_template(self.tokenizer, where)
+            options = self._ending(prompt) | ({"tools": tools} if tools else {})
+            ids = self.tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, **options)
         else:
             raise ValueError(
                 f"{where}: prompt={prompt!r} is neither a string nor a list of messages "
@@ -77,10 +102,29 @@ class PromptRenderer:
             raise ValueError(f"{where}: the prompt has no tokens.")
         return list(ids)
 
+    def _ending(self, messages: Any) -> dict[str, Any]:
+        continues = messages[-1]["role"] == "assistant"
+        return {"add_generation_prompt": not continues, "continue_final_message": continues, **self.template_kwargs}
+
+    @staticmethod
+    def _check_template(owner: Any, where: str) -> None:
+        if getattr(owner, "chat_template", None) is None:
+            kind = "tokenizer" if not hasattr(owner, "tokenizer") else "processor"
+            instead = ", or give prompts as strings" if kind == "tokenizer" else ""
+            raise ValueError(
+                f"{where} holds chat messages, but the {kind} has no chat template: set {kind}.chat_template{instead}."
+            )
+
     def text(self, prompt: Prompt) -> str:
-        """A prompt as people read it: the string, or the last message of the conversation."""
+        """A prompt as people read it: the string, or the last message of the conversation; `[image]` for each image."""
         given = prompt.row["prompt"]
-        return given if isinstance(given, str) else str(given[-1]["content"])
+        if isinstance(given, str):
+            return given
+        content = given[-1]["content"]
+        if isinstance(content, list):
+            return "\n".join("[image]" if part.get("type") == "image" else str(part.get("text")) for part in content)
+        places = 0 if prompt.images is None else len(prompt.images.pictures)
+        return "[image]\n" * places + str(content)
 
     def completions(
         self, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]

@@ -17,6 +17,7 @@ from torch import nn
 
 from slipstream.records import Rollout
 from slipstream.rollouts.event_loop import EventLoop
+from slipstream.rollouts.images import COLUMNS as IMAGES
 from slipstream.rollouts.reward_models import score_with_model
 from slipstream.rollouts.streamed import Render, StreamedRewards, refuse_metric
 
@@ -32,10 +33,11 @@ class RewardRunner:
     """Scores rollouts with every reward function.
 
     A reward function is called as `f(prompts=, completions=, completion_ids=, **columns, trainer_state=, log_extra=,
-    log_metric=)`, where `columns` are the dataset's other columns, and returns one number (or None: cannot be scored)
-    a completion. The lists are its own: it may change them. Coroutine functions run concurrently, always in the same
-    event loop; those marked as row-wise (`slipstream.rewards.rowwise`) while the engine samples, see `streamed`. A
-    sequence-classification model is a reward function too: its reward is logit 0 of prompt and completion.
+    log_metric=)`, where `columns` are the dataset's other columns (without `image` and `images`), and returns one
+    number (or None: cannot be scored) a completion. The lists are its own: it may change them. Coroutine functions run
+    concurrently, always in the same event loop; those marked as row-wise (`slipstream.rewards.rowwise`) while the
+    engine samples, see `streamed`. A sequence-classification model is a reward function too: its reward is logit 0 of
+    prompt and completion.
 
     Args:
         functions: Functions, or sequence-classification models.
@@ -206,8 +208,9 @@ def _is_rowwise(function: Any) -> bool:
 
 
 def _columns(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
-    """The dataset's columns for a reward function: those that are not its own arguments."""
-    return {name: [row.get(name) for row in rows] for name in names if name not in OWN_ARGUMENTS}
+    """The dataset's columns for a reward function: those that are not its own arguments, nor images."""
+    left_out = OWN_ARGUMENTS | set(IMAGES)
+    return {name: [row.get(name) for row in rows] for name in names if name not in left_out}
 
 
 def _own(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from slipstream.generation.engine import OnFinished, Request, Sampling, SyncReport
-from slipstream.records import Completion
+from slipstream.pictures import to_png
+from slipstream.records import Completion, Images
 from slipstream.serving import wire
 from slipstream.serving.connection import Connection, RefusedError, ServerError
 from slipstream.serving.machine import url_of
@@ -111,7 +112,7 @@ class VLLMClient:
         message = wire.GenerateMessage(
             prompts=[
                 wire.PromptMessage(
-                    ids=wire.pack_ids(r.prompt_ids), n=r.n, seed=r.seed, mixture=r.mixture, max_tokens=r.max_tokens
+                    n=r.n, seed=r.seed, mixture=r.mixture, max_tokens=r.max_tokens, **_prompt(r.prompt_ids, r.images)
                 )
                 for r in requests
             ],
@@ -158,6 +159,7 @@ class VLLMClient:
         logprobs: int | None = 0,
         structured_outputs_regex: str | None = None,
         generation_kwargs: dict[str, Any] | None = None,
+        images: list[list[Any] | None] | None = None,
     ) -> dict[str, Any]:
         """Sample `n` completions of each prompt, given as text or as token ids.
 
@@ -166,6 +168,7 @@ class VLLMClient:
             logprobs: 0 for those of the sampled tokens, None for none.
             structured_outputs_regex: Completions match it.
             generation_kwargs: Further fields of vLLM's SamplingParams, by its names.
+            images: For each prompt its PIL images (None: it has none), for which it has a placeholder each.
 
         Returns:
             `prompt_ids`, a list of token ids a prompt; `completion_ids`, one a completion, `n` a prompt one after the
@@ -174,11 +177,13 @@ class VLLMClient:
         """
         if isinstance(prompts, str):
             raise TypeError(f"prompts={prompts!r} would be read letter by letter: give a list of prompts.")
+        if images is not None and len(images) != len(prompts):
+            raise ValueError(f"images has {len(images)} entries for {len(prompts)} prompts: give each a list or None.")
+        pictures = [[to_png(image) for image in own or ()] for own in images or [None] * len(prompts)]
+        mixed: Sequence[str | list[int]] = prompts
         messages = [
-            wire.PromptMessage(text=prompt, n=n)
-            if isinstance(prompt, str)
-            else wire.PromptMessage(ids=wire.pack_ids(prompt), n=n)
-            for prompt in prompts
+            wire.PromptMessage(n=n, images=own, **({"text": p} if isinstance(p, str) else {"ids": wire.pack_ids(p)}))
+            for p, own in zip(mixed, pictures, strict=True)
         ]
         sampling = _sampling(
             repetition_penalty, temperature, top_p, top_k, min_p, max_tokens, logprobs, structured_outputs_regex,
@@ -336,6 +341,13 @@ class VLLMClient:
             "logprobs": [[[v] for v in c.logprobs or ()] for c in completions] if with_logprobs else None,
             "logprob_token_ids": [[[i] for i in c.ids] for c in completions] if with_logprobs else None,
         }
+
+
+def _prompt(ids: Sequence[int], images: Images | None) -> dict[str, Any]:
+    if images is None:
+        return {"ids": wire.pack_ids(ids)}
+    pictures = [to_png(picture) for picture in images.pictures]
+    return {"ids": wire.pack_ids(images.engine_ids), "expanded": wire.pack_ids(ids), "images": pictures}
 
 
 def _sampling(

@@ -167,10 +167,16 @@ def _check_prompt(place: str, prompt: wire.PromptMessage) -> None:
         number(f"{place}.max_tokens", prompt.max_tokens, least=1, integer=True)
     if prompt.seed is not None:
         number(f"{place}.seed", prompt.seed, least=0, most=LARGEST_SEED - prompt.n, integer=True)
-    if prompt.ids is not None:
-        ids = wire.unpack_ids(prompt.ids)
-        _check_ids(f"{place}.ids", ids)
-        prompt.ids = wire.pack_ids(ids)
+    for name in ("ids", "expanded"):
+        given = getattr(prompt, name)
+        if given is not None:
+            ids = wire.unpack_ids(given)
+            _check_ids(f"{place}.{name}", ids)
+            setattr(prompt, name, wire.pack_ids(ids))
+    if prompt.images and prompt.messages is not None:
+        raise ValueError(f"{place}.images go with ids or text, which have a placeholder for each")
+    if prompt.expanded is not None and not prompt.images:
+        raise ValueError(f"{place}.expanded is what ids become with images, and there are none")
 
 
 def _check_ids(place: str, ids: Sequence[int]) -> None:
@@ -187,6 +193,8 @@ def _check_sampling(sampling: wire.SamplingMessage) -> None:
     number("sampling.top_k", sampling.top_k, least=0, most=2**31 - 1, integer=True)
     number("sampling.min_p", sampling.min_p, least=0, most=1)
     number("sampling.repetition_penalty", sampling.repetition_penalty, above=0)
+    for token in sampling.ends:
+        number("sampling.ends", token, least=0, most=2**31 - 1, integer=True)
     # msgpack can carry what JSON cannot, here and in what vLLM is given as it is.
     for name, value in sampling.extra.items():
         if not _finite(value):
@@ -200,7 +208,8 @@ def _finite(value: Any) -> bool:
 
 
 def _length(prompt: wire.PromptMessage) -> int:
-    return len(prompt.ids) // 4 if isinstance(prompt.ids, bytes) else characters(prompt.text or prompt.messages)
+    ids = prompt.expanded or prompt.ids
+    return len(ids) // 4 if isinstance(ids, bytes) else characters(prompt.text or prompt.messages)
 
 
 def characters(value: Any) -> int:

@@ -63,6 +63,9 @@ def start_engine(options: dict[str, Any], reference: bool = False) -> Any:
     extra = {name: value for name, value in options.items() if name not in ENGINE_FIELDS}
     if "worker_extension_cls" in extra:
         raise ValueError("worker_extension_cls: the server's own class takes this place; leave it out")
+    # Prompts are processed once for all of their samples; a weight update meanwhile would empty the cache that they are
+    # then looked up in.
+    extra.setdefault("mm_processor_cache_gb", 0)
     chosen = engine_options(fields, extra, reference=reference, source="engine options")
     return async_engine.start({**chosen, "worker_extension_cls": EXTENSION})
 

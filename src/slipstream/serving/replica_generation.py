@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import inspect
 import itertools
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -17,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from slipstream.checks import number
 from slipstream.generation.engine import Request, Sampling
-from slipstream.generation.requests import token_limit
+from slipstream.generation.requests import difference, token_limit
 from slipstream.generation.vllm_options import check_sampling, sampling_params
+from slipstream.pictures import from_png
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.serving import wire
 from slipstream.serving.asking import OTHERS
@@ -40,7 +42,7 @@ class Job:
         id: Of the engine's request.
         prompt: Index of its prompt in the request.
         samples: Which of the prompt's completions it is: several for a greedy prompt.
-        ids: Of the prompt.
+        given: The prompt as the engine takes it.
         mixture: Share of the reference that it is sampled with.
         params: vLLM's sampling parameters.
         runs: (first token, version) of each stretch of tokens so far.
@@ -52,7 +54,7 @@ class Job:
     id: str
     prompt: int
     samples: Sequence[int]
-    ids: list[int]
+    given: Any
     mixture: float
     params: Any
     runs: list[tuple[int, int]]
@@ -138,12 +140,12 @@ class Generation:
                 f"chat_template_kwargs: {', '.join(wrong)} cannot be given: only variables of the template"
             )
         renderer = PromptRenderer(self._tokenizer, message.chat_template_kwargs)
-        read = [await self._prompt_ids(p, f"prompt {i}", renderer) for i, p in enumerate(message.prompts)]
+        read = [await self._read(p, f"prompt {i}", renderer) for i, p in enumerate(message.prompts)]
         version = serving()  # from here to where the jobs are known, nothing is waited for
-        for index, (prompt, ids) in enumerate(zip(message.prompts, read, strict=True)):
+        for index, (prompt, (ids, given)) in enumerate(zip(message.prompts, read, strict=True)):
             where = f"prompt {index}"
             self._check(prompt, ids, sampling, where)
-            if prompt.ids is None:
+            if prompt.ids is None or (prompt.images and prompt.expanded is None):
                 frames.append(wire.prompt_frame(index, ids))
             greedy = sampling.temperature == 0
             for sample in range(1 if greedy else prompt.n):
@@ -152,12 +154,11 @@ class Generation:
                 params.seed = None if prompt.seed is None else prompt.seed + sample
                 samples = range(prompt.n) if greedy else (sample,)
                 job_id, runs = f"c{next(self._ids)}", [(0, version)]
-                jobs.append(Job(job_id, index, samples, ids, prompt.mixture, params, runs, message.update))
+                jobs.append(Job(job_id, index, samples, given, prompt.mixture, params, runs, message.update))
         self._jobs.update((job.id, job) for job in jobs)
         try:
             for count, job in enumerate(jobs, 1):
-                given = token_prompt(job.ids, cache_salt(job.mixture))
-                job.output = await self._engine.add_request(job.id, given, job.params)
+                job.output = await self._engine.add_request(job.id, dict(job.given), job.params)
                 if count % _ADDED_AT_A_TIME == 0:
                     await asyncio.sleep(0)
         except BaseException:
@@ -223,6 +224,29 @@ class Generation:
         params.skip_clone = True  # the engine may keep what it is given: every completion has a copy of its own
         return params
 
+    async def _read(self, prompt: wire.PromptMessage, where: str, renderer: PromptRenderer) -> tuple[list[int], Any]:
+        """Token ids of a prompt, as the model sees them, and the prompt as the engine takes it."""
+        ids = await self._prompt_ids(prompt, where, renderer)
+        if not prompt.images:
+            return ids, token_prompt(ids, cache_salt(prompt.mixture))
+        if prompt.mixture > 0:
+            raise ValueError(f"{where}: mixture={prompt.mixture} does not go with images")
+        read = functools.partial(_pictures, prompt.images, where)
+        pictures = await asyncio.get_running_loop().run_in_executor(self._tokenizing, read)
+        try:
+            given = await async_engine.with_pictures(self._engine, ids, pictures)
+        except Exception as error:  # whatever a model's processor does where placeholders and images do not agree
+            raise ValueError(
+                f"{where}: vLLM cannot process it with its {len(pictures)} images ({type(error).__name__}: {error})"
+            ) from error
+        seen = list(given["prompt_token_ids"])
+        if prompt.expanded is not None and (why := difference(seen, wire.unpack_ids(prompt.expanded))):
+            raise ValueError(
+                f"{where} {why}: leave processing_class out, start the server with the same ones "
+                "(--mm-processor-kwargs), or save the processor beside the model."
+            )
+        return seen, given
+
     async def _prompt_ids(self, prompt: wire.PromptMessage, where: str, renderer: PromptRenderer) -> list[int]:
         given = [value for value in (prompt.ids, prompt.text, prompt.messages) if value is not None]
         if len(given) != 1:
@@ -262,6 +286,10 @@ class Generation:
         number(f"{where}: n", prompt.n, least=1, integer=True)
         if prompt.seed is not None:
             number(f"{where}: seed", prompt.seed, least=0, most=_MOST_SEED - prompt.n, integer=True)
+
+
+def _pictures(images: Sequence[bytes], where: str) -> list[Any]:
+    return [from_png(image, f"{where}: image {i}") for i, image in enumerate(images)]
 
 
 def _frames(job: Job, output: Any) -> list[bytes]:

@@ -53,6 +53,8 @@ class PromptMessage(Message):
     """One prompt, as token ids (a list, or int32 little-endian bytes), text, or chat messages: one of the three.
 
     Attributes:
+        images: Pictures as PNG (in JSON as base64), beside token ids or text that have one placeholder for each.
+        expanded: Token ids that the server's processor must make of prompt and images; others are refused. None: any.
         n: Completions wanted; completion i is sampled with seed `seed + i` (None: unseeded).
         mixture: Share of the reference model in the logits that are sampled from; needs a server with a reference.
         max_tokens: Largest number of tokens of its completions, where that is less than `sampling.max_tokens`.
@@ -65,6 +67,8 @@ class PromptMessage(Message):
     seed: int | None = None
     mixture: float = 0.0
     max_tokens: int | None = None
+    images: list[bytes] = []
+    expanded: bytes | list[int] | None = None
 
 
 class SamplingMessage(Message):
@@ -79,6 +83,7 @@ class SamplingMessage(Message):
     logprobs: bool = True
     regex: str | None = None
     extra: dict[str, Any] = msgspec.field(default_factory=dict)
+    ends: tuple[int, ...] = ()
 
 
 class GenerateMessage(Message):

@@ -43,10 +43,10 @@ class OnlineTrainer(Evaluating):
         reward_funcs: One or several: functions `f(prompts, completions, completion_ids, **columns) -> list`, plain or
             async, sequence-classification models or their names. See `slipstream.rewards`.
         args: The configuration.
-        train_dataset: Rows with a `prompt` (a string, or a list of chat messages); all other columns go to the reward
-            functions.
+        train_dataset: Rows with a `prompt` (a string, or a list of chat messages) and maybe, for a vision-language
+            model, an `image` or a list of `images` for it; all other columns go to the reward functions.
         eval_dataset: The same for evaluation, or a dict of several.
-        processing_class: The tokenizer; None loads the model's own.
+        processing_class: The tokenizer, or the processor of a vision-language model; None loads the model's own.
         reward_processing_classes: Tokenizers of reward models, one for each entry of `reward_funcs` (None: its own).
         callbacks, optimizers: As in transformers.Trainer.
         quantization_config: For loading the model quantized.
@@ -77,38 +77,44 @@ class OnlineTrainer(Evaluating):
             raise TypeError(f"model={model!r} is neither a name or folder nor a model: pass one of these.")
         args = self._checked_args(args, model)
         loading.check_adapter(model, peft_config)
-        functions, tokenizers = preflight.check(
-            args, train_dataset, eval_dataset, reward_funcs, reward_processing_classes, self.judge
-        )
+        functions, tokenizers, images = preflight.check(
+            args, model, train_dataset, eval_dataset, reward_funcs, reward_processing_classes, self.judge,
+            self.rollout_func,
+        )  # fmt: skip
+        self._scorers = functions
         if self.toolbox is not None:
             inputs.check_no_images(train_dataset, eval_dataset)
 
-        tokenizer = loading.load_tokenizer(processing_class, model, args)
+        if images and args.ddp_find_unused_parameters is None:
+            # A rank whose rows have no images leaves the part that sees alone, while others do not.
+            args.ddp_find_unused_parameters = True
+        tokenizer = loading.load_tokenizer(processing_class, model, args, images)
         self.renderer = PromptRenderer(
             loading.text_tokenizer(tokenizer),
             args.chat_template_kwargs,  # type: ignore[arg-type]
-            None if self.toolbox is None else self.toolbox.schemas_of,
+            tools=None if self.toolbox is None else self.toolbox.schemas_of,
+            processor=loading.image_processor(tokenizer),
         )
         if self.toolbox is not None:
             self.dialogue = inputs.dialogue(self.toolbox, self.renderer, loading.known_eos_ids(model, tokenizer, args))
         # A rollout_func renders its prompts itself: how long they get is its own affair.
-        self.longest = None if self.rollout_func is not None else inputs.longest_sequence(model, args)
-        train_dataset = inputs.fitting_rows("train_dataset", train_dataset, self.renderer, self.longest, args)
-        eval_dataset = inputs.fitting_rows("eval_dataset", eval_dataset, self.renderer, self.longest, args)
+        longest = self.longest = None if self.rollout_func is not None else inputs.longest_sequence(model, args)
+        train_dataset = inputs.fitting_rows("train_dataset", train_dataset, self.renderer, longest, args)
+        eval_dataset = inputs.fitting_rows("eval_dataset", eval_dataset, self.renderer, longest, args)
         if train_dataset is not None:
             self._sampler = self.make_sampler(args, len(train_dataset))
 
         end_after_gloo()
         # An adapter is initialised at random: seed before it is made, not only in Trainer.__init__.
         torch.manual_seed(args.seed)
-        policy = loading.load_policy(model, args, quantization_config)
+        policy = loading.load_policy(model, args, quantization_config, images)
         if peft_config is not None:
             policy = loading.add_adapter(policy, peft_config)
         if args.disable_dropout:
             loading.switch_off_dropout(policy)
         reference = None
         if self._uses_reference(args):
-            reference = loading.load_reference(model, policy, args, ref_model, quantization_config)
+            reference = loading.load_reference(model, policy, args, ref_model, quantization_config, images)
 
         super().__init__(
             model=policy,
@@ -129,7 +135,7 @@ class OnlineTrainer(Evaluating):
         weights = args.reward_weights or [1.0] * len(loaded)
         self.reward_weights_F = torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
         self.eos_ids = loading.end_of_sequence_ids(policy, self.renderer.tokenizer)
-        self.packer = self.make_packer()
+        self.packer = self.make_packer(images)
         self._parameters = sum(p.numel() for p in policy.parameters())
         self.clock = Clock()
         self.metrics = Metrics()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from slipstream.trainers import inputs, sharding
+from slipstream.trainers import inputs, sharding, vision
 from slipstream.trainers.generating import Generating
 from slipstream.trainers.metrics import Tally
 
@@ -22,6 +23,18 @@ class Evaluating(Generating):
 
     rewards_are_binary = False
 
+    def _expect_images(self, dataset: Any) -> None:
+        """Images may come with a dataset that the constructor was not given."""
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        if vision.check({"eval_dataset": dataset}, model, self.args, self._scorers, self.rollout_func):
+            if self.renderer.processor is None:
+                raise ValueError(
+                    "eval_dataset has images, and the trainer has no processor for them: pass processing_class, what "
+                    "AutoProcessor.from_pretrained returns."
+                )
+            vision.check_padding(self.packer.pad_token_id, self.packer.placeholders)
+            self.packer.expect_images()
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -33,6 +46,7 @@ class Evaluating(Generating):
         """Sample completions for every row in one go, score them, and compute the loss without a gradient."""
         sharding.check_divided(self.accelerator, self.model_wrapped)
         dataset = inputs.loaded_dataset(dataloader)
+        self._expect_images(dataset)
         size = self.args.num_generations_eval or self.args.num_generations
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         # Every rank takes equally many rows, so that collectives match; the surplus at the end does not count.

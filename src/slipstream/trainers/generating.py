@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.rewards import RewardRunner
 from slipstream.rollouts.sampler import Slot, prompt_seed
 from slipstream.rollouts.streamed import StreamedRewards
+from slipstream.trainers import vision
 from slipstream.trainers.conversing import converse
 from slipstream.trainers.journal import Journal
 from slipstream.trainers.learning import Learning
@@ -37,6 +39,7 @@ class Generating(Learning):
         engine: Samples completions.
         eos_ids: Tokens that end a completion.
         journal: Keeps completions for people to read; None on ranks other than the first.
+        longest: Tokens that prompt and completion may have together, and whose limit that is; None: unknown.
         renderer: Makes token ids of prompts.
         rewards: Runs the reward functions.
     """
@@ -44,6 +47,7 @@ class Generating(Learning):
     engine: Engine
     eos_ids: set[int]
     journal: Journal | None
+    longest: tuple[int, str] | None
     metrics: Metrics
     renderer: PromptRenderer
     rewards: RewardRunner
@@ -160,14 +164,18 @@ class Generating(Learning):
         elif self.rollout_func is not None:
             sampled = self._though_lost(lambda: self._ask_function(dataset, wanted))
         else:
-            prompts = [self.renderer.render(dataset[row], row) for row, _, _ in wanted]
+            prompts = [self._prompt(dataset, row) for row, _, _ in wanted]
             requests = [
-                Request(prompt.ids, count, prompt_seed(*seed, row) + start)
+                Request(prompt.ids, count, prompt_seed(*seed, row) + start, images=prompt.images)
                 for prompt, (row, start, count) in zip(prompts, wanted, strict=True)
             ]
             counts = [request.n for request in requests]
             begin = None if streamed is None else lambda: streamed.begin(prompts, counts)
-            answers = self._answers(requests, self.args.sampling(evaluation=evaluation), begin)
+            sampling = self.args.sampling(evaluation=evaluation)
+            if self.packer.images:
+                # The model would take one for an image that is not there.
+                sampling = replace(sampling, ends=tuple(sorted(self.packer.placeholders)))
+            answers = self._answers(requests, sampling, begin)
             sampled = [(p, c, {}) for p, group in zip(prompts, answers, strict=True) for c in group]
         if texts is None:
             texts = self.renderer.completions([p for p, _, _ in sampled], [c.ids for _, c, _ in sampled])
@@ -185,6 +193,11 @@ class Generating(Learning):
                 rollout.extra["sampler_logps"] = torch.from_numpy(np.array(completion.logprobs, dtype=np.float32))
             rollouts.append(rollout)
         return rollouts
+
+    def _prompt(self, dataset: Any, row: int) -> Prompt:
+        prompt = self.renderer.render(dataset[row], row)
+        vision.check_prompt(prompt, self.longest, self.args, expected=self.packer.images)
+        return prompt
 
     def ask_engine(
         self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None

@@ -89,7 +89,6 @@ def check_dataset(name: str, dataset: Any) -> None:
     """Raise an error unless `dataset` is None or rows with a prompt that can be read by position.
 
     Raises:
-        NotImplementedError: It has prompts with images, which the model would not see.
         ValueError: It is anything else.
     """
     if dataset is None:
@@ -110,12 +109,6 @@ def check_dataset(name: str, dataset: Any) -> None:
         raise ValueError(
             f"{name} has no column 'prompt'; its columns are {', '.join(map(repr, dataset[0]))}. Rename one: "
             "dataset.rename_column(..., 'prompt')."
-        )
-    images = [column for column in ("image", "images") if column in dataset[0]]
-    if images:
-        raise NotImplementedError(
-            f"{name} has a column {images[0]!r}, and prompts with images are not supported yet: the model would see "
-            f"the text alone. If that is what you want: dataset.remove_columns({images!r})."
         )
 
 
@@ -211,7 +204,7 @@ def _server_limit(config: OnlineConfig) -> int:
 
 
 def _model_limits(model: Any, config: OnlineConfig) -> list[tuple[int | None, str]]:
-    text = (model_config(model, config) if isinstance(model, str) else model.config).get_text_config()
+    text = model_config(model, config).get_text_config()
     limits = [(getattr(text, "max_position_embeddings", None), MODEL_LIMIT)]
     if config.use_vllm:
         # vLLM's own choice where vllm_max_model_length is not given.
@@ -223,6 +216,8 @@ def fitting_rows(
     name: str, dataset: Any, renderer: PromptRenderer, longest: tuple[int, str] | None, config: OnlineConfig
 ) -> Any:
     """The rows of `dataset` (or of each of a dict of them) whose prompts leave room for `max_completion_length`.
+
+    Of prompts with images the text alone is looked at; see `vision.check_prompt`.
 
     Raises:
         ValueError: a prompt is too long and `overlong_prompts` is `error`, or none is left.
@@ -236,7 +231,7 @@ def fitting_rows(
     # Other columns may be costly to read (images).
     needed = [name for name in ("prompt", "environment") if name in dataset[0]]
     prompts = dataset.select_columns(needed) if hasattr(dataset, "select_columns") else dataset
-    lengths = [len(renderer.render(prompts[row], row).ids) for row in range(len(prompts))]
+    lengths = [renderer.text_tokens(prompts[row], row) for row in range(len(prompts))]
     too_long = [row for row, length in enumerate(lengths) if length > room]
     if not too_long:
         return dataset

@@ -21,6 +21,7 @@ from slipstream.modeling.packing import Packer, loss_mask
 from slipstream.records import MicroBatch, Rollout, StepTotals
 from slipstream.reporting import ProgressReporter
 from slipstream.rollouts.prompts import PromptRenderer
+from slipstream.trainers import vision
 from slipstream.trainers.loop import SlotLoop
 from slipstream.trainers.metrics import Clock, Tally
 from slipstream.trainers.sharding import is_sharded
@@ -49,13 +50,16 @@ class Learning(SlotLoop):
     renderer: PromptRenderer
     reference: nn.Module | None
     _parameters: int
+    _scorers: Sequence[Any]
 
-    def make_packer(self) -> Packer:
-        """What makes micro-batches: packed ones, if they are asked for and the models allow it."""
+    def make_packer(self, images: bool) -> Packer:
+        """What makes micro-batches: packed ones, if they are asked for and the models and their rows allow it."""
         args = self.args
+        pad_token_id = self.renderer.tokenizer.pad_token_id
+        placeholders = vision.placeholder_ids(self.accelerator.unwrap_model(self.model).config)
         packer = Packer(
             args.micro_batch_rows,
-            self.renderer.tokenizer.pad_token_id,
+            pad_token_id,
             self.accelerator.device,
             args.pad_to_multiple_of,  # type: ignore[arg-type]  # the config has resolved it
             packed=args.packing,
@@ -63,7 +67,11 @@ class Learning(SlotLoop):
             share_prompts=args.share_prompts and not self.scoring_options().get("router_loss"),
             max_tokens=args.max_tokens_per_micro_batch,
             agree=self._most_of_all_ranks,
+            placeholders=placeholders if self.renderer.processor is not None else (),
         )
+        if images:
+            vision.check_padding(pad_token_id, placeholders)
+            packer.expect_images()
         if is_sharded(self.accelerator):
             # Until then the model is on the CPU, and maybe on one rank alone.
             self.add_callback(_WhenDivided(self))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +12,21 @@ from torch import nn
 
 from slipstream.checks import one_of
 from slipstream.config import OnlineConfig
+from slipstream.generation.build import model_config
+from slipstream.trainers import vision
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # LoRA's ways to begin which do not change the weights below it.
 NEUTRAL_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def load_policy(model: str | nn.Module, config: OnlineConfig, quantization_config: Any = None) -> nn.Module:
-    """The model to train: `model` itself, or the causal language model of that name or folder, float32 by default."""
+def load_policy(
+    model: str | nn.Module, config: OnlineConfig, quantization_config: Any = None, images: bool = False
+) -> nn.Module:
+    """The model to train: `model` itself, or the causal language model of that name or folder, float32 by default.
+
+    With `images`, or where that model has no other form, the one that takes images beside text.
+    """
     options = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
     if quantization_config is not None and (not isinstance(model, str) or "quantization_config" in options):
         given = "model_init_kwargs holds one too" if isinstance(model, str) else f"model is a {type(model).__name__}"
@@ -33,8 +41,10 @@ def load_policy(model: str | nn.Module, config: OnlineConfig, quantization_confi
                 "pass these arguments where you load it."
             )
         return model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    sees = vision.loads_with_images(model_config(model, config), images)
+    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     if "torch_dtype" in options:  # the older name; given beside the other, transformers would pass over it
         older = options.pop("torch_dtype")
         if options.setdefault("dtype", older) != older:
@@ -47,40 +57,61 @@ def load_policy(model: str | nn.Module, config: OnlineConfig, quantization_confi
         options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-    return AutoModelForCausalLM.from_pretrained(model, trust_remote_code=config.trust_remote_code, **options)
+    return kind.from_pretrained(model, trust_remote_code=config.trust_remote_code, **options)
 
 
-def load_tokenizer(processing_class: Any, model: str | nn.Module, config: OnlineConfig) -> Any:
-    """The tokenizer of `model`, or the tokenizer or processor that is given, with a padding token."""
-    from transformers import AutoTokenizer
+def load_tokenizer(processing_class: Any, model: str | nn.Module, config: OnlineConfig, images: bool = False) -> Any:
+    """The tokenizer of `model`, or the tokenizer or processor that is given, with a padding token.
 
+    A vision-language model's is its processor, which there must be with `images`.
+    """
     if processing_class is None:
-        options = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
         if not name:
             raise ValueError(
                 "processing_class=None, but the model does not know where it came from: pass its tokenizer."
             )
-        try:
-            processing_class = AutoTokenizer.from_pretrained(
-                name, revision=options.get("revision", "main"), trust_remote_code=config.trust_remote_code
-            )
-        except OSError as error:
-            raise OSError(
-                f"model={name!r}: no tokenizer of that folder or name can be loaded ({error}). Give a folder that "
-                "save_pretrained has written, or a model's name on the hub."
-            ) from error
+        processing_class = _saved_beside(name, model, config, images)
     tokenizer = text_tokenizer(processing_class)
     if not hasattr(tokenizer, "eos_token"):
         raise TypeError(
             f"processing_class={processing_class!r} is neither a tokenizer nor a processor: pass what "
             "AutoTokenizer.from_pretrained returns, or None for the model's own."
         )
+    if images and image_processor(processing_class) is None:
+        raise TypeError(
+            f"processing_class is a {type(processing_class).__name__}, which makes no tensors of images: pass what "
+            "AutoProcessor.from_pretrained returns, or None for the model's own."
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither a pad_token nor an eos_token: set tokenizer.pad_token.")
         tokenizer.pad_token = tokenizer.eos_token
     return processing_class
+
+
+def _saved_beside(name: str, model: str | nn.Module, config: OnlineConfig, images: bool) -> Any:
+    from transformers import AutoProcessor, AutoTokenizer
+
+    options: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+    source = {"revision": options.get("revision", "main"), "trust_remote_code": config.trust_remote_code}
+    try:
+        if vision.is_vision_language(model_config(model, config)):
+            with contextlib.nullcontext() if images else contextlib.suppress(ImportError, OSError, ValueError):
+                return AutoProcessor.from_pretrained(name, **source)
+        return AutoTokenizer.from_pretrained(name, **source)
+    except (ImportError, OSError, ValueError) as error:
+        kind = "processor, which prompts with images need," if images else "tokenizer"
+        known = next(k for k in (ImportError, OSError, ValueError) if isinstance(error, k))
+        raise known(
+            f"model={name!r}: no {kind} of that folder or name can be loaded ({error}). Give a folder that "
+            "save_pretrained has written, or a model's name on the hub."
+        ) from error
+
+
+def image_processor(processing_class: Any) -> Any | None:
+    """`processing_class` if it makes tensors of images, else None."""
+    return processing_class if hasattr(processing_class, "image_processor") else None
 
 
 def text_tokenizer(processing_class: Any) -> Any:
@@ -121,6 +152,7 @@ def load_reference(
     config: OnlineConfig,
     given: nn.Module | None = None,
     quantization_config: Any = None,
+    images: bool = False,
 ) -> nn.Module | None:
     """The reference, frozen: the model that is given for it, or the initial policy.
 
@@ -132,7 +164,10 @@ def load_reference(
     if hasattr(policy, "disable_adapter") and not hasattr(model, "disable_adapter") and _leaves_base_alone(policy):
         return None
     # A fresh copy of the same file is cheaper than a copy in memory, and right even if the policy was resumed.
-    reference = load_policy(model, config, quantization_config) if isinstance(model, str) else copy.deepcopy(policy)
+    if isinstance(model, str):
+        reference = load_policy(model, config, quantization_config, images)
+    else:
+        reference = copy.deepcopy(policy)
     return reference.requires_grad_(False).eval()
 
 

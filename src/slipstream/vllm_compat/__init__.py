@@ -11,7 +11,7 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -119,17 +119,33 @@ def server_option_names() -> set[str]:
     return {field.name for field in dataclasses.fields(load().EngineArgs)}
 
 
+def without_weights() -> dict[str, Any]:
+    """Options of an engine that begins with noise in the place of all weights.
+
+    Of some vision models, vLLM would keep the mean and deviation of pixels in buffers, which become noise as well, and
+    no update brings them: its processor normalizes pixels instead, as the trainer's does.
+    """
+    options: dict[str, Any] = {"load_format": "dummy"}
+    if "mm_device_do_normalize" in server_option_names():
+        options["mm_device_do_normalize"] = False
+    return options
+
+
 @cache  # a server looks at them for every request
 def sampling_option_names() -> frozenset[str]:
     """Names that `vllm.SamplingParams` accepts, in this version."""
     return frozenset(name for name in inspect.signature(load().SamplingParams).parameters if not name.startswith("_"))
 
 
-def token_prompt(ids: list[int], cache_salt: str | None = None) -> Any:
+def token_prompt(ids: list[int], cache_salt: str | None = None, pictures: Sequence[Any] = ()) -> Any:
     """A prompt made of token ids, in the form that the engine takes without rendering it again.
 
-    It shares cached prefixes with prompts of the same `cache_salt` only.
+    It shares cached prefixes with prompts of the same `cache_salt` only. With `pictures`, `ids` have one placeholder
+    for each, and the engine's processor makes of these what the model takes.
     """
+    if pictures:
+        made: dict[str, Any] = {"prompt_token_ids": ids, "multi_modal_data": {"image": list(pictures)}}
+        return made if cache_salt is None else made | {"cache_salt": cache_salt}
     from vllm.inputs.engine import tokens_input
 
     return tokens_input(ids, cache_salt=cache_salt)

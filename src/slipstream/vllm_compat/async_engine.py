@@ -12,11 +12,11 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from slipstream.lifetime import die_with_parent
-from slipstream.vllm_compat import load, logprobs_at_once, on_cpu, steady
+from slipstream.vllm_compat import load, logprobs_at_once, on_cpu, steady, token_prompt
 from slipstream.vllm_compat.process import uncompile_sampler
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,19 @@ async def tokens_so_far(engine: Any) -> dict[str, int]:
     counts = await engine.engine_core.call_utility_async("tokens_so_far")
     states = engine.output_processor.request_states
     return {states[name].external_req_id: count for name, count in counts.items() if name in states}
+
+
+async def with_pictures(engine: Any, ids: list[int], pictures: Sequence[Any]) -> Any:
+    """A prompt of token ids with a placeholder for each of `pictures`, processed: what `add_request` takes, with the
+    token ids that the model sees as `prompt_token_ids`.
+
+    Raises:
+        ValueError: The model takes text alone. vLLM has further errors (`request_errors`).
+    """
+    if not engine.model_config.is_multimodal_model:
+        raise ValueError("images are given, and the server's model takes text alone")
+    [made] = await engine.renderer.render_cmpl_async([token_prompt(ids, None, pictures)])
+    return made
 
 
 async def pause(engine: Any, mode: str) -> None:

@@ -1,0 +1,41 @@
+"""Prompts with images on two ranks, one of which has none at times: they learn what one rank learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from launching import torchrun
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).parent / "run_images.py"
+METRICS = ("loss", "reward", "kl", "eval_reward", "eval_loss", "num_tokens")
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_does(tiny_vision_model, tmp_path):
+    path = os.pathsep.join([str(SCRIPT.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    runs = [
+        subprocess.Popen(
+            **torchrun(SCRIPT, tiny_vision_model, tmp_path / str(ranks), 16 // ranks, ranks=ranks, PYTHONPATH=path),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for ranks in (1, 2)
+    ]  # fmt: skip
+    try:
+        for run in runs:
+            output = run.communicate(timeout=1200)[0]
+            assert run.returncode == 0, output[-4000:]
+    finally:
+        for run in runs:
+            run.kill()
+    alone, together = (load_file(tmp_path / ranks / "model.safetensors") for ranks in ("1", "2"))
+    for tensor, value in alone.items():
+        assert (together[tensor] - value).abs().max() < 1e-5, tensor
+    one, two = (json.loads((tmp_path / ranks / "history.json").read_text()) for ranks in ("1", "2"))
+    for name in METRICS:
+        assert [e[name] for e in two if name in e] == pytest.approx([e[name] for e in one if name in e], abs=1e-4)
+    assert len([entry for entry in one if "loss" in entry]) == 3
