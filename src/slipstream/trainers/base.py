@@ -22,7 +22,7 @@ from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.reward_models import load_reward
 from slipstream.rollouts.rewards import RewardRunner
 from slipstream.rollouts.sampler import Slot
-from slipstream.trainers import checkpoint, inputs, journal, loading, preflight, sharding
+from slipstream.trainers import checkpoint, inputs, journal, loading, preflight, sharding, vision
 from slipstream.trainers.evaluating import Evaluating
 from slipstream.trainers.metrics import Clock, Metrics
 
@@ -77,14 +77,13 @@ class OnlineTrainer(Evaluating):
             raise TypeError(f"model={model!r} is neither a name or folder nor a model: pass one of these.")
         args = self._checked_args(args, model)
         loading.check_adapter(model, peft_config)
+        if self.toolbox is not None:
+            vision.refuse_beside_tools(train_dataset, eval_dataset)
         functions, tokenizers, images = preflight.check(
             args, model, train_dataset, eval_dataset, reward_funcs, reward_processing_classes, self.judge,
             self.rollout_func,
         )  # fmt: skip
         self._scorers = functions
-        if self.toolbox is not None:
-            inputs.check_no_images(train_dataset, eval_dataset)
-
         if images and args.ddp_find_unused_parameters is None:
             # A rank whose rows have no images leaves the part that sees alone, while others do not.
             args.ddp_find_unused_parameters = True

@@ -112,18 +112,6 @@ def check_dataset(name: str, dataset: Any) -> None:
         )
 
 
-def check_no_images(*datasets: Any) -> None:
-    """Raise NotImplementedError if one of these, which go with tools, has prompts with images."""
-    for dataset in datasets:
-        if isinstance(dataset, dict):
-            check_no_images(*dataset.values())
-        elif dataset is not None and (found := {"image", "images"} & set(dataset[0])):
-            raise NotImplementedError(
-                f"tools, or environments, and prompts with images (column {sorted(found)[0]!r}) in one run are not "
-                "supported yet: remove the column, or leave out tools and environment_factory."
-            )
-
-
 def dialogue(toolbox: Toolbox, renderer: PromptRenderer, eos_ids: set[int]) -> Dialogue | None:
     """How the chat template shows tools, checked; None where there is none to call."""
     if not toolbox.schemas:

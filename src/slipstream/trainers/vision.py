@@ -55,6 +55,15 @@ def may_have_images(dataset: Any) -> bool:
     return dataset is not None and (bool(image_columns_of(dataset)) or has_images(dataset[0]))
 
 
+def refuse_beside_tools(*datasets: Any) -> None:
+    """Raise NotImplementedError if one of these, which go with tools, has prompts with images."""
+    if any(map(may_have_images, datasets)):
+        raise NotImplementedError(
+            "tools, or environments, and prompts with images in one run are not supported yet: take the images away "
+            "(dataset.remove_columns), or leave out tools and environment_factory."
+        )
+
+
 def check(
     datasets: Mapping[str, Any], model: Any, config: OnlineConfig, scorers: Sequence[Any] = (), function: Any = None
 ) -> bool:
