@@ -42,3 +42,12 @@ def test_a_request_may_have_a_limit_of_its_own(engine):
     with pytest.raises(ValueError, match="126 prompt tokens; with max_tokens=3"):
         engine.generate([Request(full, max_tokens=3)], Sampling(12))
     assert engine.generate([], Sampling(12)) == []
+
+
+def test_a_limit_of_its_own_is_more_than_least_tokens(engine):
+    """A turn may have less room left than `min_tokens`: the run goes on."""
+    [prompt] = engines.prompts(1, 20)
+    sampling = Sampling(12, extra={"min_tokens": 5})
+    [[short], [whole]] = engine.generate([Request(prompt, seed=3, max_tokens=2), Request(prompt, seed=3)], sampling)
+    assert short.ids == whole.ids[:2]
+    assert len(whole.ids) >= 5

@@ -47,6 +47,9 @@ class TestGenerate:
         limited = generate(server, message)
         assert limited[0, 0].ids == whole[0, 0].ids[:2]
         assert limited[1, 0] == whole[1, 0]
+        message.sampling.extra = {"min_tokens": 5}
+        assert len(generate(server, message)[0, 0].ids) == 2
+        message.sampling.extra = {}
         message.prompts[0].max_tokens = 0
         refused = call(server, "POST", "/generate", message)
         assert refused.status_code == 400

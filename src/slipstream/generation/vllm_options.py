@@ -142,10 +142,10 @@ def sampling_params(request: Request, sampling: Sampling) -> Any:
     # Text is made only when a stop string must be found in it.
     options.setdefault("detokenize", bool(options.get("stop")))
     try:
-        return vllm_compat.load().SamplingParams(
+        params = vllm_compat.load().SamplingParams(
             n=request.n if sampling.temperature > 0 else 1,
             seed=request.seed,
-            max_tokens=token_limit(request, sampling),
+            max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -160,6 +160,13 @@ def sampling_params(request: Request, sampling: Sampling) -> Any:
         raise ValueError(
             f"sampling options {options} have a value of a type that vLLM does not take: {type(error).__name__} {error}"
         ) from error
+    limit_tokens(params, token_limit(request, sampling))
+    return params
+
+
+def limit_tokens(params: Any, most: int) -> None:
+    """Let `vllm.SamplingParams` end after `most` tokens, also where a completion would have to be longer."""
+    params.max_tokens, params.min_tokens = most, min(params.min_tokens, most)
 
 
 def check_sampling(sampling: Sampling) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from slipstream.checks import number
 from slipstream.generation.engine import Request, Sampling
 from slipstream.generation.requests import difference, token_limit
-from slipstream.generation.vllm_options import check_sampling, sampling_params
+from slipstream.generation.vllm_options import check_sampling, limit_tokens, sampling_params
 from slipstream.pictures import from_png
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.serving import wire
@@ -150,7 +150,7 @@ class Generation:
             greedy = sampling.temperature == 0
             for sample in range(1 if greedy else prompt.n):
                 params = copy.copy(base)
-                params.max_tokens = token_limit(prompt, sampling)
+                limit_tokens(params, token_limit(prompt, sampling))
                 params.seed = None if prompt.seed is None else prompt.seed + sample
                 samples = range(prompt.n) if greedy else (sample,)
                 job_id, runs = f"c{next(self._ids)}", [(0, version)]
