@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import calling
 import pytest
 from calling import ADD, RESULT
@@ -99,6 +101,8 @@ def test_what_follows_a_turn_is_that_of_the_whole_conversation(kind, results, he
         ('<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>', None, []),
         ('<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>', None, []),
         ('<tool_call>' + "[" * 3000 + "</tool_call>", None, []),
+        # Valid, and deeper than anything could copy.
+        ('<tool_call>{"name": "add", "arguments": {"a": ' + "[" * 700 + "]" * 700 + "}}</tool_call>", None, []),
     ],
 )  # fmt: skip
 def test_calls_between_marks_are_read(hermes, written, content, calls):
@@ -133,6 +137,8 @@ def test_a_tokenizers_own_parser_comes_first():
         seen.append((text, prefix, len(tools)))
         if "broken" in text:
             raise ValueError("no call")
+        if "odd" in text:
+            return {"role": "assistant", "tool_calls": {"function": {}} if "shape" in text else text.missing}
         function = {"name": "add", "arguments": {"key": "looked-for"} if "looked-for" in text else {"a": 3}}
         return {
             "role": "assistant",
@@ -145,7 +151,29 @@ def test_a_tokenizers_own_parser_comes_first():
     three = {"name": "add", "arguments": {"a": 3}}
     assert made.read([tokenizer.eos_token_id], [7]) == (assistant("so", [three]), [three])
     assert seen[-1] == ("<im_end>", [7], 1)
-    assert made.read(tokenizer("broken")["input_ids"], []) == (assistant("broken"), [])
+    for written in ("broken", "odd", "odd shape"):
+        assert made.read(tokenizer(written)["input_ids"], []) == (assistant(written), [])
+
+
+def test_a_call_that_transformers_parser_fails_on_is_none():
+    """It raises a KeyError for a group of its pattern that did not match."""
+    tokenizer = words(HERMES)
+    if "prefix" not in inspect.signature(tokenizer.parse_response).parameters:
+        pytest.skip("parsers of this transformers have another schema")
+    call = {
+        "open_pattern": r"<tool_call>\n(\{\"name\": \"(?P<name>\w+)\", \"arguments\": )?",
+        "close": "}\n</tool_call>",
+        "content": "json",
+        "repeats": True,
+        "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+    }
+    tokenizer.response_template = {"start_anchor": "<assistant>", "fields": {"content": {}, "tool_calls": call}}
+    made = dialogue(tokenizer)
+    tools = {"tools": calling.schemas(), "return_dict": False}
+    before = tokenizer.apply_chat_template([USER], add_generation_prompt=True, **tools)
+    for arguments, calls in (('{"name": "add", "arguments": {"a": 1, "b": 2}', [ADD]), ("{}", [])):
+        ids = tokenizer(f"<tool_call>\n{arguments}}}\n</tool_call><im_end>")["input_ids"]
+        assert made.read(ids, before)[1] == calls
 
 
 @pytest.mark.parametrize(

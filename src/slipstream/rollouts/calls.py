@@ -15,6 +15,8 @@ Found = tuple[str, list[dict[str, Any]]] | None
 Reader = Callable[[Sequence[int], Sequence[int]], Found]
 
 THOUGHT = "</think>"
+# Arguments that are nested deeper are none: copying them for tools and reward functions would end the run.
+DEEPEST = 100
 
 
 def tagged(text: str) -> Found:
@@ -62,9 +64,9 @@ def _own_parser(tokenizer: Any, parse: Any, with_prefix: bool, options: dict[str
     def read(ids: Sequence[int], before: Sequence[int]) -> Found:
         try:
             message = parse(list(ids), **options, **({"prefix": list(before)} if with_prefix else {}))
-        except (ValueError, TypeError):  # a malformed call
+            calls = [_checked(call.get("function"), "arguments") for call in (message or {}).get("tool_calls") or []]
+        except Exception:  # noqa: BLE001  whatever a parser makes of a malformed call
             return None
-        calls = [_checked(call.get("function"), "arguments") for call in (message or {}).get("tool_calls") or []]
         if not calls or None in calls:
             return None
         content = str(message.get("content") or "").removesuffix(tokenizer.eos_token or "")
@@ -85,9 +87,18 @@ def _checked(call: Any, arguments: str) -> dict[str, Any] | None:
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(call.get(arguments), dict):
         return None
     made = {"name": call["name"], "arguments": call[arguments]}
+    if _is_deeper(made, DEEPEST):
+        return None
     try:
         # JSON can hold half a surrogate pair, and numbers that are none; no template can write them again.
         json.dumps(made, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:
         return None
     return made
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and dicts are nested more than `most` times."""
+    if not isinstance(value, list | dict):
+        return False
+    return most == 0 or any(_is_deeper(v, most - 1) for v in (value.values() if isinstance(value, dict) else value))
