@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from importlib.util import find_spec
 
@@ -130,6 +131,34 @@ def test_its_environments_can_be_all_that_rewards(calling_model, tmp_path):
     )  # fmt: skip
     assert trainer.rewards.names == ["Shelf"]
     trainer.close()
+
+
+def test_async_tools_and_rewards_share_an_event_loop(calling_model, tmp_path):
+    """A client that a tool has opened can be asked for the reward."""
+
+    class Remote:
+        def reset(self, **_):
+            self.loop = None
+
+        async def add(self, a: int, b: int) -> int:
+            """Add two numbers.
+
+            Args:
+                a: The first.
+                b: The second.
+            """
+            self.loop = asyncio.get_running_loop()
+            return a + b
+
+        async def get_reward(self):
+            return float(self.loop is asyncio.get_running_loop())
+
+    trainer = make(
+        calling_model, tmp_path, None, None, ROWS[1:], Remote, per_device_train_batch_size=4, temperature=0.01
+    )
+    trainer.train()
+    trainer.close()
+    assert history(trainer, "rewards/Remote/mean") == [1.0]
 
 
 class Silent:

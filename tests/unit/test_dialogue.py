@@ -158,7 +158,8 @@ def test_a_tokenizers_own_parser_comes_first():
 def test_a_call_that_transformers_parser_fails_on_is_none():
     """It raises a KeyError for a group of its pattern that did not match."""
     tokenizer = words(HERMES)
-    if "prefix" not in inspect.signature(tokenizer.parse_response).parameters:
+    parse = getattr(tokenizer, "parse_response", None)
+    if parse is None or "prefix" not in inspect.signature(parse).parameters:
         pytest.skip("parsers of this transformers have another schema")
     call = {
         "open_pattern": r"<tool_call>\n(\{\"name\": \"(?P<name>\w+)\", \"arguments\": )?",

@@ -43,6 +43,7 @@ class RewardRunner:
         functions: Functions, or sequence-classification models.
         tokenizers: For each model the tokenizer of its own; None for functions.
         timeout: Seconds that the asynchronous functions may take together for one batch.
+        loop: Runs these; None: one of its own.
     """
 
     def __init__(
@@ -50,12 +51,13 @@ class RewardRunner:
         functions: Sequence[RewardFunction | nn.Module],
         tokenizers: Sequence[Any | None],
         timeout: float = 600.0,
+        loop: EventLoop | None = None,
     ) -> None:
         self.functions = list(functions)
         self.tokenizers = list(tokenizers)
         self.timeout = timeout
         self.names = reward_names(self.functions)
-        self._loop = EventLoop("rewards")
+        self._loop = EventLoop("rewards") if loop is None else loop
         self._told_of_unscored = False
 
     @contextlib.contextmanager

@@ -48,6 +48,7 @@ class Toolbox:
     Attributes:
         schemas: What models are told about the tools, all of them.
         has_environments: Whether there are environments.
+        loop: Runs async tools.
         rewards: Score rollouts by their environments' `get_reward`: a function a class that has it.
 
     Raises:
@@ -67,7 +68,7 @@ class Toolbox:
             if not callable(factory):
                 raise TypeError(f"environment_factory={factory!r} is not a function.")
         self._pools: dict[Any, list[Any]] = {kind: [] for kind in self._factories}
-        self._loop = EventLoop("tools")
+        self.loop = EventLoop("tools")
         self._reported: set[str] = set()
         self.has_environments = bool(self._factories)
         common = [_schema(function) for function in self._functions]
@@ -158,7 +159,7 @@ class Toolbox:
                 else:
                     outcomes[i][j] = Outcome(name, _text(name, returned))
         if waiting:
-            for (i, j, _), returned in zip(waiting, self._loop.run(_all([w for *_, w in waiting])), strict=True):
+            for (i, j, _), returned in zip(waiting, self.loop.run(_all([w for *_, w in waiting])), strict=True):
                 name = batch[i][1][j]["name"]
                 if isinstance(returned, Exception):
                     outcomes[i][j] = self._failed(name, returned)

@@ -130,7 +130,9 @@ class OnlineTrainer(Evaluating):
         self.set_up()
         with sharding.whole_models():
             loaded = [load_reward(f, t, self.accelerator.device) for f, t in zip(functions, tokenizers, strict=True)]
-        self.rewards = RewardRunner([f for f, _ in loaded], [t for _, t in loaded], args.reward_timeout)
+        # What an environment's async tools have opened is of use to its reward in the same event loop alone.
+        loop = None if self.toolbox is None else self.toolbox.loop
+        self.rewards = RewardRunner([f for f, _ in loaded], [t for _, t in loaded], args.reward_timeout, loop)
         weights = args.reward_weights or [1.0] * len(loaded)
         self.reward_weights_F = torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
         self.eos_ids = loading.end_of_sequence_ids(policy, self.renderer.tokenizer)
