@@ -256,6 +256,11 @@ class NoReset:
         """Count on."""
 
 
+class AsyncReset:
+    async def reset(self):
+        return None
+
+
 def undocumented(x: int):
     return x
 
@@ -278,6 +283,7 @@ def unhinted(x):
         (add, None, TypeError, "is not a list of functions"),
         (None, "Counter", TypeError, "environment_factory='Counter' is not a function"),
         (None, NoReset, TypeError, "made a NoReset, which has no method reset"),
+        (None, AsyncReset, TypeError, "AsyncReset.reset is async, and nothing awaits it"),
         (None, {"a": Counter, "b": 3}, TypeError, "environment_factory=3 is not a function"),
         ([add], {"a": Counter, "b": NoReset}, TypeError, "made a NoReset"),
     ],

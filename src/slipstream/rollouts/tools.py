@@ -52,7 +52,7 @@ class Toolbox:
         rewards: Score rollouts by their environments' `get_reward`: a function a class that has it.
 
     Raises:
-        TypeError: what is given is no function, or has no `reset`.
+        TypeError: what is given is no function, or has no `reset`, or an async one.
         ValueError: a tool's docstring or type hints are missing, or two tools have the same name.
     """
 
@@ -80,6 +80,11 @@ class Toolbox:
                 raise TypeError(
                     f"environment_factory made a {type(environment).__name__}, which has no method reset: give it one "
                     "that takes the columns of a row, and returns None or a string."
+                )
+            if inspect.iscoroutinefunction(environment.reset):
+                raise TypeError(
+                    f"{type(environment).__name__}.reset is async, and nothing awaits it: make it a plain method. "
+                    "Tools and get_reward may be async."
                 )
             self._schemas[kind] = common + [_schema(method) for method in _methods(environment).values()]
             if type(environment) not in classes:
