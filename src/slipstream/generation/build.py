@@ -167,12 +167,18 @@ def _save_shape(model: nn.Module, tokenizer: Any, folder: Path) -> str:
     base = given.get_base_model() if hasattr(given, "get_base_model") else given
     config = copy.deepcopy(base.config)
     # A model that was never loaded does not say so itself, and vLLM would guess one that cannot generate.
-    config.architectures = config.architectures or [type(base).__name__]
+    config.architectures = config.architectures or [_architecture(base)]
     config.save_pretrained(folder)
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def _architecture(model: nn.Module) -> str:
+    """The name of a model's class in transformers: FSDP2 and users derive others from it, which vLLM does not know."""
+    kinds, known = type(model).__mro__, ("transformers.models.", "transformers_modules.")
+    return next((kind for kind in kinds if kind.__module__.startswith(known)), kinds[0]).__name__
 
 
 def _engine_dtype(config: OnlineConfig, model: nn.Module) -> str:
