@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import tiny
+import tiny_vision
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from slipstream import GRPOConfig
 from slipstream.generation.build import _save_shape
+from slipstream.trainers import loading
 
 
 def test_an_engine_is_told_the_class_that_transformers_has(tmp_path):
-    """Of a model that was never loaded, and whose class somebody has derived (FSDP2 does): vLLM knows the base alone."""
+    """Where a model was never loaded, and somebody has derived its class (FSDP2 does): vLLM knows the base alone."""
 
     class Derived(LlamaForCausalLM):
         pass
@@ -20,3 +24,14 @@ def test_an_engine_is_told_the_class_that_transformers_has(tmp_path):
                                  num_attention_heads=1, num_key_value_heads=1))  # fmt: skip
         folder = _save_shape(model, words, tmp_path / name)
         assert AutoConfig.from_pretrained(folder).architectures == ["LlamaForCausalLM"]
+
+
+def test_a_processor_that_cannot_be_made_is_not_missed_by_text(tmp_path):
+    """Somebody trained a model that could see on text, and saved a tokenizer without the names of images' tokens."""
+    model, processor = tiny_vision.gemma3()
+    for made in (model, processor, tiny.tokenizer()):
+        made.save_pretrained(tmp_path)
+    args = GRPOConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False)
+    assert len(loading.load_tokenizer(None, str(tmp_path), args)) == len(tiny.tokenizer())
+    with pytest.raises(ValueError, match=r"no processor, which prompts with images need, .* can be loaded.*boi_token"):
+        loading.load_tokenizer(None, str(tmp_path), args, images=True)

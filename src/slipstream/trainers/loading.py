@@ -96,13 +96,14 @@ def _saved_beside(name: str, model: str | nn.Module, config: OnlineConfig, image
     options: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
     source = {"revision": options.get("revision", "main"), "trust_remote_code": config.trust_remote_code}
     try:
-        if vision.is_vision_language(model_config(model, config)):
-            with contextlib.nullcontext() if images else contextlib.suppress(ImportError, OSError, ValueError):
+        if images or vision.is_vision_language(model_config(model, config)):
+            # Whatever is wrong with a processor, among it tokens that its tokenizer lacks, text does without.
+            with contextlib.nullcontext() if images else contextlib.suppress(Exception):
                 return AutoProcessor.from_pretrained(name, **source)
         return AutoTokenizer.from_pretrained(name, **source)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, AttributeError) as error:
         kind = "processor, which prompts with images need," if images else "tokenizer"
-        known = next(k for k in (ImportError, OSError, ValueError) if isinstance(error, k))
+        known = next((k for k in (ImportError, OSError) if isinstance(error, k)), ValueError)
         raise known(
             f"model={name!r}: no {kind} of that folder or name can be loaded ({error}). Give a folder that "
             "save_pretrained has written, or a model's name on the hub."
