@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import tiny_vision
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from slipstream import GRPOConfig
 from slipstream.generation.build import _save_shape
@@ -35,3 +35,15 @@ def test_a_processor_that_cannot_be_made_is_not_missed_by_text(tmp_path):
     assert len(loading.load_tokenizer(None, str(tmp_path), args)) == len(tiny.tokenizer())
     with pytest.raises(ValueError, match=r"no processor, which prompts with images need, .* can be loaded.*boi_token"):
         loading.load_tokenizer(None, str(tmp_path), args, images=True)
+
+
+def test_a_folder_with_an_adapter_alone_is_a_model(tiny_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model), peft.LoraConfig(target_modules=["q_proj"])
+    )
+    adapted.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    args = GRPOConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False)
+    assert loading.load_tokenizer(None, str(tmp_path), args).eos_token
+    assert any("lora" in name for name, _ in loading.load_policy(str(tmp_path), args).named_parameters())

@@ -43,7 +43,7 @@ def load_policy(
         return model
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    sees = vision.loads_with_images(model_config(model, config), images)
+    sees = vision.loads_with_images(_config_if_any(model, config), images)
     kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     if "torch_dtype" in options:  # the older name; given beside the other, transformers would pass over it
         older = options.pop("torch_dtype")
@@ -96,7 +96,7 @@ def _saved_beside(name: str, model: str | nn.Module, config: OnlineConfig, image
     options: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
     source = {"revision": options.get("revision", "main"), "trust_remote_code": config.trust_remote_code}
     try:
-        if images or vision.is_vision_language(model_config(model, config)):
+        if images or vision.is_vision_language(_config_if_any(model, config)):
             # Whatever is wrong with a processor, among it tokens that its tokenizer lacks, text does without.
             with contextlib.nullcontext() if images else contextlib.suppress(Exception):
                 return AutoProcessor.from_pretrained(name, **source)
@@ -108,6 +108,14 @@ def _saved_beside(name: str, model: str | nn.Module, config: OnlineConfig, image
             f"model={name!r}: no {kind} of that folder or name can be loaded ({error}). Give a folder that "
             "save_pretrained has written, or a model's name on the hub."
         ) from error
+
+
+def _config_if_any(model: str | nn.Module, config: OnlineConfig) -> Any | None:
+    """A model's configuration; None where there is none, as in a folder with an adapter alone, which names its model."""
+    try:
+        return model_config(model, config)
+    except (OSError, ValueError):
+        return None
 
 
 def image_processor(processing_class: Any) -> Any | None:
