@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import tiny
 import tiny_vision
@@ -146,6 +148,39 @@ def test_rows_without_images_are_text(family):
         prompt = renderer(processor).render({"prompt": user("Hi"), **given}, 0)
         assert prompt.images is None
         assert prompt.ids == text.ids
+
+
+# As SmolVLM's: it looks for parts, and finds none in a string.
+PARTS_ALONE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' }}{% for part in m['content'] %}{% if part['type'] == 'image' or "
+    "'image' in part %}{{ '<image>' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{ '<end>' }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("owner", ["both", "processor"])
+def test_text_is_shown_by_a_template_that_looks_for_parts_alone(idefics, owner):
+    """Also where the processor alone has the template, as older models are saved."""
+    processor = copy.deepcopy(idefics[1])
+    render = renderer(processor)
+    given = {"prompt": user("Hi"), "images": []}
+    expected = render.render(given, 0).ids
+    processor.chat_template = PARTS_ALONE
+    processor.tokenizer.chat_template = PARTS_ALONE if owner == "both" else None
+    render = renderer(processor)
+    assert render.render(given, 0).ids == expected
+    assert render.text_tokens({"prompt": user("Hi")}, 0) == len(expected)
+    # Datasets give parts the fields that others have.
+    parts = user([{"type": "text", "text": "Hi", "image": None}])
+    assert render.render({"prompt": parts, "images": []}, 0).ids == expected
+
+
+def test_a_template_that_cannot_take_parts_is_given_strings(idefics):
+    """Models that could see are trained on text with templates that are made for it."""
+    processor = copy.deepcopy(idefics[1])
+    processor.tokenizer.chat_template = "{% for m in messages %}{{ '<user>' + m['content'] }}{% endfor %}"
+    ids = renderer(processor).render({"prompt": user("Hi")}, 0).ids
+    assert ids == processor.tokenizer("<user>Hi")["input_ids"]
 
 
 def test_a_prompt_that_ends_with_the_assistant_is_continued(family):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from slipstream.records import Prompt
@@ -90,9 +91,13 @@ class PromptRenderer:
                 )
             ids = self.tokenizer(prompt)["input_ids"]
         elif is_conversational(prompt):
-            self._check_template(self.tokenizer, where)
             options = self._ending(prompt) | ({"tools": tools} if tools else {})
-            ids = self.tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, **options)
+            if self._template is not None:
+                options.setdefault("chat_template", self._template)
+            else:
+                self._check_template(self.tokenizer, where)
+            messages = self._as_written(prompt, where)
+            ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
         else:
             raise ValueError(
                 f"{where}: prompt={prompt!r} is neither a string nor a list of messages "
@@ -105,6 +110,36 @@ class PromptRenderer:
     def _ending(self, messages: Any) -> dict[str, Any]:
         continues = messages[-1]["role"] == "assistant"
         return {"add_generation_prompt": not continues, "continue_final_message": continues, **self.template_kwargs}
+
+    @cached_property
+    def _template(self) -> str | None:
+        """The processor's template, where the tokenizer has none: that is how older models are saved."""
+        if getattr(self.tokenizer, "chat_template", None) is not None:
+            return None
+        return getattr(self.processor, "chat_template", None)
+
+    @cached_property
+    def _reads_strings(self) -> bool:
+        """Whether the template shows a content that is a string; those of some vision-language models pass over it."""
+        probe, options = "Slipstream", self.template_kwargs
+        if self._template is not None:
+            options = {"chat_template": self._template} | options
+        try:
+            shown = self.tokenizer.apply_chat_template([{"role": "user", "content": probe}], tokenize=False, **options)
+        except Exception:  # noqa: BLE001 - whatever a template refuses: the prompt itself will say so, if it is refused
+            return True
+        return probe in shown
+
+    def _as_written(self, messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+        """Messages of text alone, in the form that a vision-language model's template shows."""
+        if self.processor is None:
+            return messages
+        return [
+            message
+            if message.get("content") is None or (isinstance(message["content"], str) and self._reads_strings)
+            else images.emptied([message], where)[0]
+            for message in messages
+        ]
 
     @staticmethod
     def _check_template(owner: Any, where: str) -> None:

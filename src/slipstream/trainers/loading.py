@@ -111,7 +111,7 @@ def _saved_beside(name: str, model: str | nn.Module, config: OnlineConfig, image
 
 
 def _config_if_any(model: str | nn.Module, config: OnlineConfig) -> Any | None:
-    """A model's configuration; None where there is none, as in a folder with an adapter alone, which names its model."""
+    """A model's configuration; None where there is none, as in a folder with an adapter alone."""
     try:
         return model_config(model, config)
     except (OSError, ValueError):
