@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slipstream import GRPOConfig, GRPOTrainer, VLLMClient
 from slipstream.generation.engine import Request, Sampling
-from slipstream.pictures import MOST_PIXELS, as_png_holds_it, from_png, to_png
+from slipstream.pictures import MOST_PIXELS, all_from_png, as_png_holds_it, from_png, to_png
 from slipstream.records import Images
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.serving.connection import RefusedError
@@ -77,6 +77,15 @@ def test_what_is_no_png_or_too_large_is_refused():
     for data in (b"", b"\x89PNG", other.getvalue(), whole[:-40], large.getvalue()):
         with pytest.raises(ValueError, match="image 3 is no picture in PNG"):
             from_png(data, "image 3")
+
+
+def test_pictures_that_are_too_large_together_are_refused():
+    """Each is a few kilobytes, and within the limit of one; thousands of them would take a server's memory."""
+    large = io.BytesIO()
+    Image.new("1", (MOST_PIXELS // 1024, 1024)).save(large, "PNG")
+    assert len(all_from_png([large.getvalue()] * 4, "prompt 2")) == 4
+    with pytest.raises(ValueError, match=r"prompt 2: image 4 .*65536 x 1024 pixels after those of others"):
+        all_from_png([large.getvalue()] * 1000, "prompt 2")
 
 
 def test_log_probabilities_are_transformers(client, model, renderer):

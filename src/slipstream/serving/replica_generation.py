@@ -20,7 +20,7 @@ from slipstream.checks import number
 from slipstream.generation.engine import Request, Sampling
 from slipstream.generation.requests import difference, token_limit
 from slipstream.generation.vllm_options import check_sampling, limit_tokens, sampling_params
-from slipstream.pictures import from_png
+from slipstream.pictures import all_from_png
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.serving import wire
 from slipstream.serving.asking import OTHERS
@@ -231,7 +231,7 @@ class Generation:
             return ids, token_prompt(ids, cache_salt(prompt.mixture))
         if prompt.mixture > 0:
             raise ValueError(f"{where}: mixture={prompt.mixture} does not go with images")
-        read = functools.partial(_pictures, prompt.images, where)
+        read = functools.partial(all_from_png, prompt.images, where)
         pictures = await asyncio.get_running_loop().run_in_executor(self._tokenizing, read)
         try:
             given = await async_engine.with_pictures(self._engine, ids, pictures)
@@ -286,10 +286,6 @@ class Generation:
         number(f"{where}: n", prompt.n, least=1, integer=True)
         if prompt.seed is not None:
             number(f"{where}: seed", prompt.seed, least=0, most=_MOST_SEED - prompt.n, integer=True)
-
-
-def _pictures(images: Sequence[bytes], where: str) -> list[Any]:
-    return [from_png(image, f"{where}: image {i}") for i, image in enumerate(images)]
 
 
 def _frames(job: Job, output: Any) -> list[bytes]:
