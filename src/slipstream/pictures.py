@@ -8,6 +8,8 @@ from typing import Any
 
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 """Of PIL, that PNG has."""
+ORIENTATION = 0x0112
+"""EXIF's tag for how to turn a picture."""
 MOST_PIXELS = 1 << 26
 """Of one picture: a few kilobytes of PNG can stand for gigabytes of memory."""
 MOST_PIXELS_TOGETHER = 4 * MOST_PIXELS
@@ -21,10 +23,15 @@ def as_png_holds_it(picture: Any) -> Any:
 
 def to_png(picture: Any) -> bytes:
     """A PIL image as PNG, in another mode if PNG does not have its own."""
+    from PIL import Image
+
     picture, made = as_png_holds_it(picture), io.BytesIO()
-    exif = picture.getexif()
-    # Quick instead of small; processors may turn a picture as its EXIF says.
-    picture.save(made, "PNG", compress_level=1, **({"exif": exif} if len(exif) else {}))
+    # Quick instead of small. Processors may turn a picture as its EXIF says; the rest is nobody's business, and cameras
+    # write some that Pillow reads but cannot write.
+    exif, turned = Image.Exif(), picture.getexif().get(ORIENTATION)
+    if turned in range(2, 9):
+        exif[ORIENTATION] = turned
+    picture.save(made, "PNG", compress_level=1, exif=exif.tobytes() if len(exif) else None)
     return made.getvalue()
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slipstream import GRPOConfig, GRPOTrainer, VLLMClient
 from slipstream.generation.engine import Request, Sampling
-from slipstream.pictures import MOST_PIXELS, all_from_png, as_png_holds_it, from_png, to_png
+from slipstream.pictures import MOST_PIXELS, ORIENTATION, all_from_png, as_png_holds_it, from_png, to_png
 from slipstream.records import Images
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.serving.connection import RefusedError
@@ -66,6 +66,20 @@ def test_png_loses_nothing(mode):
     same = as_png_holds_it(picture)
     assert (back.mode, back.size) == (same.mode, same.size)
     assert back.convert("RGBA").tobytes() == same.convert("RGBA").tobytes()
+
+
+@pytest.mark.parametrize("turned", [None, 6])
+def test_only_how_to_turn_a_picture_is_told_of_it(turned):
+    """Of the rest, there is what Pillow reads and cannot write."""
+    exif = Image.Exif()
+    exif[0x010F] = "A camera"
+    if turned:
+        exif[ORIENTATION] = turned
+    made = io.BytesIO()
+    tiny_vision.picture(RED).save(made, "JPEG", exif=exif)
+    picture = Image.open(io.BytesIO(made.getvalue()))
+    picture.getexif()[0x9286] = -1  # as a damaged file has it
+    assert dict(from_png(to_png(picture), "image 0").getexif()) == ({ORIENTATION: turned} if turned else {})
 
 
 def test_what_is_no_png_or_too_large_is_refused():
