@@ -123,6 +123,7 @@ def test_a_model_that_could_see_learns_from_text(qwen, tmp_path):
     model, processor = qwen
     args = GRPOConfig(**settings(tmp_path, num_generations=4))
     trainer = GRPOTrainer(model, vowels, args, rows().remove_columns("images"), processing_class=processor)
+    assert trainer.args.ddp_find_unused_parameters  # or a second rank would wait for the part that sees
     trainer.train()
     trainer.evaluate(rows(3))  # the constructor did not know of any images
     trainer.close()

@@ -84,9 +84,6 @@ class OnlineTrainer(Evaluating):
             self.rollout_func,
         )  # fmt: skip
         self._scorers = functions
-        if images and args.ddp_find_unused_parameters is None:
-            # A rank whose rows have no images leaves the part that sees alone, while others do not.
-            args.ddp_find_unused_parameters = True
         tokenizer = loading.load_tokenizer(processing_class, model, args, images)
         self.renderer = PromptRenderer(
             loading.text_tokenizer(tokenizer),
@@ -107,6 +104,9 @@ class OnlineTrainer(Evaluating):
         # An adapter is initialised at random: seed before it is made, not only in Trainer.__init__.
         torch.manual_seed(args.seed)
         policy = loading.load_policy(model, args, quantization_config, images)
+        if args.ddp_find_unused_parameters is None and vision.is_vision_language(getattr(policy, "config", None)):
+            # Rows without images leave the part that sees alone, on all ranks or on some.
+            args.ddp_find_unused_parameters = True
         if peft_config is not None:
             policy = loading.add_adapter(policy, peft_config)
         if args.disable_dropout:
