@@ -336,6 +336,15 @@ def test_images_in_messages_are_refused_too(calling_model, tmp_path):
         GRPOTrainer(str(calling_model), [len], args, rows, processing_class=words, tools=[add])
 
 
+def test_images_of_an_evaluation_are_refused_too(calling_model, tmp_path):
+    rows = Dataset.from_list([{"prompt": ROWS[0]["prompt"]}])
+    args = GRPOConfig(str(tmp_path), report_to=[], max_steps=1, per_device_train_batch_size=8, max_completion_length=9)
+    trainer = GRPOTrainer(str(calling_model), [len], args, rows, processing_class=calling.tokenizer(), tools=[add])
+    with pytest.raises(NotImplementedError, match="tools, or environments, and prompts with images in one run"):
+        trainer.evaluate(Dataset.from_list([{"prompt": ROWS[0]["prompt"], "images": []}]))
+    trainer.close()
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_ends_a_turn_is_known_before_the_model_is_loaded(kept, calling_model, tmp_path):
     folder = shutil.copytree(calling_model, tmp_path / "model")

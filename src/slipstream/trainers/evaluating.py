@@ -25,6 +25,8 @@ class Evaluating(Generating):
 
     def _expect_images(self, dataset: Any) -> None:
         """Images may come with a dataset that the constructor was not given."""
+        if self.toolbox is not None:
+            vision.refuse_beside_tools(dataset)
         model = self.accelerator.unwrap_model(self.model_wrapped)
         if vision.check({"eval_dataset": dataset}, model, self.args, self._scorers, self.rollout_func):
             if self.renderer.processor is None:
