@@ -155,6 +155,13 @@ def test_a_model_of_text_alone_refuses_images_before_it_is_loaded(tiny_model, tm
         GRPOTrainer(str(tiny_model), vowels, GRPOConfig(**settings(tmp_path)), given)
 
 
+def test_two_columns_of_images_are_refused(qwen, tmp_path):
+    model, processor = qwen
+    both = rows().map(lambda row: {"image": row["images"][0] if row["images"] else None})
+    with pytest.raises(ValueError, match="train_dataset has columns 'images' and 'image'"):
+        GRPOTrainer(model, vowels, GRPOConfig(**settings(tmp_path)), both, processing_class=processor)
+
+
 def test_a_row_with_more_places_than_images_is_named(qwen, tmp_path):
     model, processor = qwen
     parts = user([{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Same?"}])

@@ -77,12 +77,17 @@ def check(
         function: The rollout_func, or None.
 
     Raises:
-        ValueError: The model takes text alone.
+        ValueError: The model takes text alone, or there are two columns.
         NotImplementedError: This cannot be done with images here.
     """
     found = [(name, dataset) for name, dataset in datasets.items() if may_have_images(dataset)]
     for name, dataset in found:
         columns = image_columns_of(dataset)
+        if len(columns) > 1:
+            raise ValueError(
+                f"{name} has columns {columns[0]!r} and {columns[1]!r}, of which the first alone would be "
+                "read: remove one (dataset.remove_columns)."
+            )
         what = f"{name} has a column {columns[0]!r}" if columns else f"{name} has images in its prompts"
         own = model_config(model, config)
         if not is_vision_language(own):
