@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import tiny
 import torch
 from engines import greedy, logprobs
 from rounds import ALL, PAIRWISE, ROWS, Gradients, adapter, away, digits, gradient, history, load, make, sample, weights
@@ -237,13 +238,12 @@ class TestPairs:
         assert len(history(trainer, "rewards/tiny/mean")) == len(history(trainer, "rewards/digits/mean")) == 2
 
     def test_older_names_of_a_reward_model(self, tiny_model, tmp_path, name):
+        judge = str(tiny.build_reward_model(tmp_path / "judge"))
         with pytest.warns(FutureWarning, match="older names of reward_funcs"):
-            trainer = make(
-                name, tiny_model, tmp_path, arguments={"reward_funcs": None, "reward_model": str(tiny_model)}
-            )
-        assert trainer.rewards.names == ["tiny"]
-        named = make(name, tiny_model, tmp_path, arguments={"reward_funcs": None}, reward_model_path=str(tiny_model))
-        assert named.rewards.names == ["tiny"]
+            trainer = make(name, tiny_model, tmp_path, arguments={"reward_funcs": None, "reward_model": judge})
+        assert trainer.rewards.names == ["judge"]
+        named = make(name, tiny_model, tmp_path, arguments={"reward_funcs": None}, reward_model_path=judge)
+        assert named.rewards.names == ["judge"]
 
     def test_missing_ends_cost(self, tiny_model, tmp_path, name):
         trainer = make(name, tiny_model, tmp_path, missing_eos_penalty=10.0)
