@@ -120,6 +120,15 @@ def test_a_key_is_made_and_kept_for_its_user_alone(tiny_model, tmp_path, monkeyp
     assert not path.exists()
 
 
+@pytest.fixture
+def hangups():
+    """Processes started here notice that a terminal is closed, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 def test_a_terminal_that_is_closed_leaves_nothing(tiny_model, tmp_path):
     server = servers.start_server(tiny_model, key=None, env={"XDG_STATE_HOME": str(tmp_path)}, wait=False)
     [key] = tmp_path.glob("slipstream/*.key")
