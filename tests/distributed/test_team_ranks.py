@@ -43,9 +43,17 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_both_halves_are_one_model(model, tmp_path):
-    finish(start("run_team.py", model, tmp_path))
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+def test_both_halves_are_one_model_beside_another_run(model, tmp_path):
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        folder.mkdir()
+    for run in [start("run_team.py", model, folder) for folder in folders]:
+        finish(run)
+    for folder in folders:
+        check_halves([json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)])
+
+
+def check_halves(ranks):
     assert [len(rank["errors"]) for rank in ranks] == [16, 8]
     assert max(error for rank in ranks for error in rank["errors"]) < 1e-4
     assert (ranks[0]["greedy"], ranks[1]["greedy"]) == ([True, True], [])

@@ -61,6 +61,8 @@ def start(options: dict[str, Any]) -> tuple[Any, bool]:
     if joined and options.get("distributed_executor_backend") == "external_launcher":
         os.environ.setdefault("RANK", str(dist.get_rank()))
         os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
+        if on_cpu():
+            tell_teams_apart()
     with forget_callers(), warnings.catch_warnings():
         # vLLM reads every attribute of every loaded module once, deprecated ones as well.
         warnings.simplefilter("ignore", FutureWarning)
@@ -78,6 +80,17 @@ def start(options: dict[str, Any]) -> tuple[Any, bool]:
         raise
     quicken(llm.llm_engine.engine_core.engine_core, vllm.__version__)
     return llm, own_group
+
+
+@functools.cache
+def tell_teams_apart() -> None:
+    """Let the shared memory of a team of CPU engines be named after its run: vLLM calls that of all runs the same.
+
+    A second run on the machine would be refused, or read what the first one writes.
+    """
+    owner = importlib.import_module("vllm.distributed.device_communicators.cpu_communicator")._CPUSHMDistributed
+    plain = owner.make_group_name
+    owner.make_group_name = staticmethod(lambda communicator: f"{plain(communicator)}-{os.environ.get('MASTER_PORT')}")
 
 
 def decode_steadily(llm: Any, recorder: Recorder | None = None) -> None:
