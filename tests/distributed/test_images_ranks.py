@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
-from launching import torchrun
+from launching import finish, start
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "run_images.py"
@@ -19,19 +18,10 @@ METRICS = ("loss", "reward", "kl", "eval_reward", "eval_loss", "num_tokens")
 def test_two_ranks_learn_what_one_does(tiny_vision_model, tmp_path):
     path = os.pathsep.join([str(SCRIPT.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     runs = [
-        subprocess.Popen(
-            **torchrun(SCRIPT, tiny_vision_model, tmp_path / str(ranks), 16 // ranks, ranks=ranks, PYTHONPATH=path),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
+        start(SCRIPT, tiny_vision_model, tmp_path / str(ranks), 16 // ranks, ranks=ranks, PYTHONPATH=path)
         for ranks in (1, 2)
-    ]  # fmt: skip
-    try:
-        for run in runs:
-            output = run.communicate(timeout=1200)[0]
-            assert run.returncode == 0, output[-4000:]
-    finally:
-        for run in runs:
-            run.kill()
+    ]
+    finish(*runs)
     alone, together = (load_file(tmp_path / ranks / "model.safetensors") for ranks in ("1", "2"))
     for tensor, value in alone.items():
         assert (together[tensor] - value).abs().max() < 1e-5, tensor

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import tiny
-from launching import torchrun
+from launching import finish, start
 from safetensors.torch import load_file
 
 from slipstream import GRPOConfig
@@ -23,19 +22,6 @@ GRPO = {
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
-def start(script, *arguments, ranks=2):
-    started = torchrun(HERE / script, *arguments, ranks=ranks)
-    return subprocess.Popen(**started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(run):
-    try:
-        output = run.communicate(timeout=1200)[0]
-    finally:
-        run.kill()
-    assert run.returncode == 0, output[-6000:]
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     # Four heads and two for keys and values, which halve.
@@ -47,8 +33,7 @@ def test_both_halves_are_one_model_beside_another_run(model, tmp_path):
     folders = [tmp_path / name for name in ("one", "other")]
     for folder in folders:
         folder.mkdir()
-    for run in [start("run_team.py", model, folder) for folder in folders]:
-        finish(run)
+    finish(*[start(HERE / "run_team.py", model, folder) for folder in folders])
     for folder in folders:
         check_halves([json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)])
 
@@ -70,7 +55,7 @@ def test_a_team_learns_what_engines_of_their_own_do(model, tmp_path):
     folders = []
     for size in (1, 2):
         folders.append(tmp_path / str(size))
-        finish(start("run_grpo.py", model, folders[-1], json.dumps(GRPO | {"vllm_tensor_parallel_size": size})))
+        finish(start(HERE / "run_grpo.py", model, folders[-1], json.dumps(GRPO | {"vllm_tensor_parallel_size": size})))
     alone, team = (load_file(folder / "model.safetensors") for folder in folders)
     assert max((team[name] - value).abs().max().item() for name, value in alone.items()) < 1e-5
     histories = [json.loads((folder / "rank0.json").read_text()) for folder in folders]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
-from launching import torchrun
+from launching import finish, start
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "run_trainers.py"
@@ -19,22 +18,11 @@ METRICS = {
 }
 
 
-def start(model, folder, ranks, prompts):
-    started = torchrun(SCRIPT, model, folder, prompts, ranks=ranks)
-    return subprocess.Popen(**started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 @pytest.fixture(scope="module")
 def folders(tiny_model, tmp_path_factory):
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    runs = [start(tiny_model, one, 1, 6), start(tiny_model, two, 2, 3)]  # at the same time: much of it is imports
-    try:
-        for run in runs:
-            output = run.communicate(timeout=1200)[0]
-            assert run.returncode == 0, output[-4000:]
-    finally:
-        for run in runs:
-            run.kill()
+    # At the same time: much of it is imports.
+    finish(start(SCRIPT, tiny_model, one, 6, ranks=1), start(SCRIPT, tiny_model, two, 3, ranks=2))
     return one, two
 
 

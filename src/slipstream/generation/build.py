@@ -111,7 +111,7 @@ def _changes(model: str, config: OnlineConfig) -> list[str]:
     given = _settings_given(config)
     if "config" in given:
         return ["config"]
-    saved = _saved_config(model, config) if given else None
+    saved = saved_config(model, config) if given else None
     return [name for name, value in given.items() if hasattr(saved, name) and getattr(saved, name) != value]
 
 
@@ -120,7 +120,7 @@ def model_config(model: Any, config: OnlineConfig) -> Any:
     if not isinstance(model, str):
         return model.config
     given = _settings_given(config)
-    return given["config"] if "config" in given else _saved_config(model, config, **given)
+    return given["config"] if "config" in given else saved_config(model, config, **given)
 
 
 def _settings_given(config: OnlineConfig) -> dict[str, Any]:
@@ -128,7 +128,8 @@ def _settings_given(config: OnlineConfig) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in NEUTRAL_INIT}
 
 
-def _saved_config(model: str, config: OnlineConfig, **changes: Any) -> Any:
+def saved_config(model: str, config: OnlineConfig, **changes: Any) -> Any:
+    """The configuration that is saved with the model of that name or folder, with `changes`."""
     from transformers import AutoConfig
 
     revision = dict(config.model_init_kwargs or {}).get("revision", "main")  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ def image_columns(row: dict[str, Any]) -> list[str]:
 def has_images(row: dict[str, Any]) -> bool:
     """Whether a row comes with images, in a column or inside its messages, or with places for them."""
     given = row["images"] if "images" in row else row.get("image")
-    return not (given is None or (isinstance(given, list | tuple) and not given)) or bool(_image_parts(row["prompt"]))
+    return not (given is None or (isinstance(given, list | tuple) and not given)) or bool(image_parts(row["prompt"]))
 
 
 def find_images(row: dict[str, Any], where: str) -> list[Any]:
@@ -54,7 +54,7 @@ def fill(messages: Sequence[dict[str, Any]], images: Sequence[Any], where: str) 
             row.
     """
     contents = [_parts(message.get("content"), where) for message in messages]
-    if not _image_parts(messages):
+    if not image_parts(messages):
         strings = (i for i, m in enumerate(messages) if m["role"] == "user" and isinstance(m["content"], str))
         for i in strings:
             contents[i] = [{"type": "image"}] * len(images) + contents[i]
@@ -123,7 +123,7 @@ def process(processor: Any, text: str, pictures: tuple[Any, ...], where: str) ->
     return ids, images
 
 
-def _image_parts(messages: Any) -> list[Any]:
+def image_parts(messages: Any) -> list[Any]:
     """The image parts of messages, or of what else a prompt may be."""
     contents = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
     parts = [part for content in contents if isinstance(content, list) for part in content]

@@ -67,9 +67,7 @@ class PromptRenderer:
                 '({"role": ..., "content": ...}), in which they have their places.'
             )
         messages, pictures = images.fill(prompt, images.find_images(row, where), where)
-        self._check_template(self.processor, where)
-        text = self.processor.apply_chat_template(messages, tokenize=False, **self._ending(prompt))
-        ids, made = images.process(self.processor, text, pictures, where)
+        ids, made = images.process(self.processor, self._written(messages, where), pictures, where)
         return Prompt(ids=ids, row=row, index=index, images=made)
 
     def text_tokens(self, row: dict[str, Any], index: int) -> int:
@@ -77,9 +75,14 @@ class PromptRenderer:
         where, prompt = f"row {index} of the dataset", row["prompt"]
         if self.processor is None or not images.has_images({"prompt": prompt}):
             return len(self.encode(prompt, where, self._tools(row)))
-        self._check_template(self.processor, where)
-        text = self.processor.apply_chat_template(images.emptied(prompt, where), tokenize=False, **self._ending(prompt))
+        text = self._written(images.emptied(prompt, where), where)
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _written(self, messages: list[dict[str, Any]], where: str) -> Any:
+        """Messages with places for images, as the processor's template writes them."""
+        assert self.processor is not None
+        self._check_template(self.processor, where)
+        return self.processor.apply_chat_template(messages, tokenize=False, **self._ending(messages))
 
     def encode(self, prompt: Any, where: str, tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Token ids of a string or of messages, as `render` makes them; `where` names the prompt in errors."""

@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 
 from slipstream.generation.engine import EngineLostError, Request, Sampling
 from slipstream.records import Completion, Prompt
+from slipstream.rollouts.images import image_parts
 from slipstream.rollouts.prompts import is_conversational
 from slipstream.rollouts.sampler import prompt_seed
 from slipstream.rollouts.turns import Ask, Episode, play
@@ -38,7 +39,7 @@ def converse(
     prompts, environments = _prompts(trainer, dataset, [row for row, _ in numbered])
     episodes = []
     for (row, number), prompt, environment in zip(numbered, prompts, environments, strict=True):
-        if _has_images(prompt):
+        if prompt.images is not None or image_parts(prompt.row["prompt"]):
             raise NotImplementedError(
                 f"row {row}: tools, or environments, and prompts with images in one run are not supported yet."
             )
@@ -56,14 +57,6 @@ def converse(
     limit_of_rounds = getattr(trainer.args, "max_tool_calling_iterations", None)
     play(episodes, trainer.dialogue, trainer.toolbox, _asking(trainer, prompts, sampling), limit_of_rounds)
     return episodes
-
-
-def _has_images(prompt: Prompt) -> bool:
-    contents = [message.get("content") for message in prompt.row["prompt"] if isinstance(message, dict)]
-    blocks = [block for content in contents if isinstance(content, list) for block in content]
-    return getattr(prompt, "images", None) is not None or any(
-        isinstance(block, dict) and block.get("type") == "image" for block in blocks
-    )
 
 
 def _seed(seed: tuple[Any, ...], row: int, number: int, turn: int) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 
 from slipstream.checks import one_of
 from slipstream.config import OnlineConfig
-from slipstream.generation.build import model_config
+from slipstream.generation.build import model_config, saved_config
 from slipstream.trainers import vision
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -192,7 +192,7 @@ def _leaves_base_alone(policy: Any) -> bool:
 
 def known_eos_ids(model: str | nn.Module, processing_class: Any, config: OnlineConfig) -> set[int]:
     """`end_of_sequence_ids`, before the model is loaded."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     tokenizer = text_tokenizer(processing_class)
     if not isinstance(model, str):
@@ -202,8 +202,7 @@ def known_eos_ids(model: str | nn.Module, processing_class: Any, config: OnlineC
     try:
         generation = GenerationConfig.from_pretrained(model, revision=revision)
     except OSError:  # it has none of its own: transformers makes it from the model's
-        known = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=config.trust_remote_code)
-        generation = GenerationConfig.from_model_config(known)
+        generation = GenerationConfig.from_model_config(saved_config(model, config))
     return end_of_sequence_ids(SimpleNamespace(generation_config=generation), tokenizer)
 
 
