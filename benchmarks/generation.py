@@ -1,9 +1,10 @@
-"""What the sampled tokens' log-probabilities and vLLM's bookkeeping cost, in five ways that take turns in one engine.
+"""What the sampled tokens' log-probabilities and vLLM's bookkeeping cost, in six ways that take turns in one engine.
 
 `none`: without any, steps scheduled for all sequences at once. `ours`: the same with log-probabilities, gathered on
-the device and fetched once a call. `each`: as `none`, but vLLM schedules every sequence by itself. `flat`: vLLM's
-log-probabilities, in flat lists, final answers only. `trl`: as TRL asks, a request a completion, with text and an
-object a token. Lengths are fixed. Prints a table and writes JSON; ratios are of the median seconds, to `none`'s.
+the device and fetched once a call. `apart`: as `ours`, but decode steps on a GPU read a prompt for each of its
+completions, not once. `each`: as `none`, but vLLM schedules every sequence by itself. `flat`: vLLM's log-probabilities,
+in flat lists, final answers only. `trl`: as TRL asks, a request a completion, with text and an object a token. Lengths
+are fixed. Prints a table and writes JSON; ratios are of the median seconds, to `none`'s.
 
     python benchmarks/generation.py --out benchmarks/results/generation_cpu.json                        # on a CPU
     python benchmarks/generation.py --shape qwen2-1.5b --prompts 64 --completions 8 --tokens 512 --dtype bfloat16 \
@@ -27,11 +28,11 @@ from transformers import AutoModelForCausalLM
 
 from slipstream.generation.colocate import ColocateEngine
 from slipstream.generation.engine import Request, Sampling
-from slipstream.vllm_compat import load, token_prompt
+from slipstream.vllm_compat import load, process, token_prompt
 from slipstream.vllm_compat.steady_batch import Batch
 from slipstream.weights.export import named_tensors
 
-WAYS = ("none", "ours", "each", "flat", "trl")
+WAYS = ("none", "ours", "apart", "each", "flat", "trl")
 
 
 def make_engine(path: Path, args: argparse.Namespace) -> ColocateEngine:
@@ -59,12 +60,18 @@ def generate(engine: ColocateEngine, way: str, prompts: list[list[int]], complet
         Batch.of = staticmethod(lambda *args: None)
     if way == "flat":
         engine._recorder = None
+    runner = getattr(process.worker_of(engine._llm).model_runner.execute_model, "__self__", None)
+    shared = getattr(runner, "shared", None)
+    if way == "apart" and shared is not None:
+        runner.shared = None
     start = time.perf_counter()
     try:
         lengths = call(engine, way, prompts, completions, tokens)
         seconds = time.perf_counter() - start
     finally:
         engine._recorder, Batch.of = recorder, batch_of
+        if shared is not None:
+            runner.shared = shared
     if lengths != {tokens}:
         raise RuntimeError(f"{way}: completions have lengths {sorted(lengths)} instead of {tokens}")
     return seconds
@@ -73,14 +80,14 @@ def generate(engine: ColocateEngine, way: str, prompts: list[list[int]], complet
 def call(engine: ColocateEngine, way: str, prompts: list[list[int]], completions: int, tokens: int) -> set[int]:
     """Ask for completions; their lengths."""
     if way == "trl":
-        params = load().SamplingParams(temperature=1.0, min_tokens=tokens, max_tokens=tokens, logprobs=0)
+        params = load().SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=tokens, logprobs=0)
         repeated = [token_prompt(ids) for ids in prompts for _ in range(completions)]
         with engine._guest.inside():
             outputs = engine._llm.generate(repeated, params, use_tqdm=False)
             # TRL reads every token's object.
             logps = [[next(iter(d.values())).logprob for d in o.outputs[0].logprobs] for o in outputs]
         return {len(row) for row in logps}
-    sampling = Sampling(tokens, logprobs=way in ("ours", "flat"), extra={"min_tokens": tokens})
+    sampling = Sampling(tokens, logprobs=way in ("ours", "apart", "flat"), extra={"ignore_eos": True})
     answers = engine.generate([Request(ids, n=completions) for ids in prompts], sampling)
     return {len(c.ids) for group in answers for c in group}
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from slipstream.generation.guest import Guest
-from slipstream.vllm_compat import load, steady
+from slipstream.vllm_compat import load, steady, steady_prefixes
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -44,6 +44,8 @@ class Runner:
 
     def __init__(self):
         self.cache, self.sequences = {}, {}
+        self.saved = 0
+        """Tokens that were read for several sequences at once."""
 
     def run(self, step):
         from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
@@ -62,12 +64,28 @@ class Runner:
             assert (computed, outputs) == (sequence.computed, len(sequence.tokens) - sequence.prompt)
             sequence.blocks += blocks[0] if blocks is not None else []
         names = list(step.num_scheduled_tokens)
+        self._read_together(names, getattr(step, "slipstream_prefixes", None))
         sampled = [self._compute(name, count) for name, count in step.num_scheduled_tokens.items()]
         ids = np.array([tokens[0] if tokens else 0 for tokens in sampled])
         return ModelRunnerOutput(
             req_ids=names, req_id_to_index={name: place for place, name in enumerate(names)}, sampled_token_ids=sampled,
             logprobs=LogprobsLists(ids[:, None], -ids[:, None].astype(np.float32), ids) if names else None,
         )  # fmt: skip
+
+    def _read_together(self, names, prefixes):
+        """What a step says that its sequences have in common lies in the same places, for all of them."""
+        if prefixes is None:
+            return
+        groups, saved = prefixes.read(3)
+        assert groups.shape == (2, len(names))
+        self.saved += saved
+        for place, (members, common) in enumerate(groups.T.tolist()):
+            first = self.sequences[names[place]]
+            for name in names[place : place + members]:
+                other = self.sequences[name]
+                assert common <= other.computed
+                assert other.tokens[:common] == first.tokens[:common]
+                assert other.blocks[: common // BLOCK] == first.blocks[: common // BLOCK]
 
     def _compute(self, name, count):
         sequence = self.sequences[name]
@@ -109,6 +127,7 @@ def scheduler_of(path, *, asynchronous, blocks, caching):
     scheduler.use_v2_model_runner = True
     core = SimpleNamespace(scheduler=scheduler, model_executor=None)
     assert steady.install(core, load().__version__) is None
+    scheduler.schedule.__self__.prefixes = True
     return core
 
 
@@ -121,9 +140,9 @@ def requests_of(rng, count, caching):
 
     init_none_hash(sha256)
     prompts = [[rng.randrange(5, 99) for _ in range(rng.randrange(1, 60))] for _ in range(8)]
-    requests, expected = [], {}
+    requests, expected, prompt = [], {}, prompts[0]
     for number in range(count):
-        name, prompt = f"request {number}", rng.choice(prompts)
+        name, prompt = f"request {number}", prompt if rng.random() < 0.7 else rng.choice(prompts)
         params = SamplingParams(
             max_tokens=rng.choice([1, 40, 90, 150, 400]), stop_token_ids=rng.choice([[], [7], [7, 30]]), logprobs=0,
             # Who wants each token as it comes leaves no step to be steady.
@@ -137,10 +156,11 @@ def requests_of(rng, count, caching):
 
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["asynchronous", "synchronous"])
 @pytest.mark.parametrize("seed", range(8))
-def test_every_request_has_its_tokens(tiny_model, asynchronous, seed):
+def test_every_request_has_its_tokens(tiny_model, monkeypatch, asynchronous, seed):
     from vllm.v1.core.sched.interface import PauseState
     from vllm.v1.request import RequestStatus
 
+    monkeypatch.setattr(steady_prefixes, "LEAST", BLOCK)
     rng = random.Random(seed)
     caching, blocks = seed % 4 != 0, (40, 60, 400)[seed % 3]  # 16 sequences of 192 tokens have 192
     with Guest().inside():
@@ -190,6 +210,7 @@ def test_every_request_has_its_tokens(tiny_model, asynchronous, seed):
                     if part.finish_reason is not None:
                         ends[part.request_id] = str(part.finish_reason)
     assert steady_steps > 50
+    assert (runner.saved > 0) == caching
     for name in expected.keys() - dropped:
         assert (told[name], ends[name]) == expected[name], name
     assert not scheduler.requests

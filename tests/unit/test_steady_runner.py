@@ -45,7 +45,7 @@ def test_all_sizes_are_recorded_at_once_and_the_largest_first(runner, monkeypatc
         recorded.append(work)
         return f"graph {len(recorded)}", None
 
-    monkeypatch.setattr(Graphs, "_record", record)
+    monkeypatch.setattr(Graphs, "record", record)
     monkeypatch.setattr(Graphs, "_prepare", lambda self, padded: padded)
     graphs = steady_graphs.Graphs(runner)
     assert graphs.before(8) == "graph 2"

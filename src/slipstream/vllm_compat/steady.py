@@ -10,6 +10,7 @@ memory).
 Nobody is told of the tokens before a sequence ends, so only requests that want nothing but their final output qualify.
 What they sample is not added to the prefix cache: hashing it takes longer than scheduling does.
 Whoever has to know how many there are asks `tokens_so_far`.
+On a GPU with CUDA graphs, what sequences begin with is read once for all of them in these steps (`steady_prefixes`).
 Known for vLLM 0.26 and 0.32; in front of another scheduler or engine, and with SLIPSTREAM_STEADY_DECODE=0 in the
 environment, `install` leaves everything as it is.
 """
@@ -27,11 +28,15 @@ from slipstream.vllm_compat import steady_runner, worker_in
 from slipstream.vllm_compat.prefix_cache import quicken
 from slipstream.vllm_compat.sampled_logprobs import Recorder
 from slipstream.vllm_compat.steady_batch import SWITCH, Batch
+from slipstream.vllm_compat.steady_runner import SteadyRunner
 
 logger = logging.getLogger(__name__)
 
 VERSIONS = ("0.26.", "0.32.")
 """vLLM's versions whose scheduler was read, and is tested, for what is skipped here."""
+
+SHARE = "SLIPSTREAM_SHARED_DECODE"
+"""The environment variable that turns reading prompts once off: 0."""
 
 
 def install(core: Any, version: str) -> str | None:
@@ -95,10 +100,16 @@ def begin(core: Any, version: str, recorder: Recorder | None = None) -> None:
         logger.info("every sequence is scheduled by itself in every step, which is slower, since %s", why)
         return
     worker = worker_in(core.model_executor)
-    slower: str | None = "its workers are processes of their own"
+    runner: str | SteadyRunner = "its workers are processes of their own"
     if worker is not None:
-        slower = steady_runner.install(worker, version, recorder)
-    logger.info("steady steps: %s", f"by vLLM's own runner, since {slower}" if slower else "CUDA graphs")
+        runner = steady_runner.install(worker, version, recorder)
+    if isinstance(runner, str):
+        logger.info("steady steps: by vLLM's own runner, since %s", runner)
+        return
+    apart = f"{SHARE}=0 says so" if os.environ.get(SHARE) == "0" else runner.share()
+    core.scheduler.schedule.__self__.prefixes = apart is None
+    how = "once for all of its completions" if apart is None else f"for each completion, since {apart}"
+    logger.info("steady steps: CUDA graphs; a prompt is read %s", how)
 
 
 def prepare(kind: Any, version: str) -> None:
@@ -128,6 +139,8 @@ class _Steady:
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.batch: Batch | None = None
+        self.prefixes = False
+        """Whether steps say which sequences begin alike."""
         self.unsent: dict[str, list[np.ndarray]] = {}
         """Tokens that nobody was told of, by request."""
         self._schedule, self._update = scheduler.schedule, scheduler.update_from_output
@@ -137,7 +150,7 @@ class _Steady:
 
     def schedule(self, *args: Any, **options: Any) -> Any:
         if self.batch is None:
-            self.batch = Batch.of(self.scheduler, self.unsent)
+            self.batch = Batch.of(self.scheduler, self.unsent, self.prefixes)
         if self.batch is not None:
             output = self.batch.schedule()
             if output is not None:

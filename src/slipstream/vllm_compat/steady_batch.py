@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from slipstream.vllm_compat.steady_prefixes import Prefixes
 from slipstream.vllm_compat.steady_requests import decodes, ends, undisturbed
 
 LOOKAHEAD = 64
@@ -41,7 +42,9 @@ class Batch:
         tokens, count: (R, width) tokens since then, and (R,) how many.
     """
 
-    def __init__(self, scheduler: Any, requests: list[Any], unsent: dict[str, list[np.ndarray]]) -> None:
+    def __init__(
+        self, scheduler: Any, requests: list[Any], unsent: dict[str, list[np.ndarray]], prefixes: bool = False
+    ) -> None:
         self.scheduler, self.requests, self.unsent = scheduler, requests, unsent
         self.vllm = importlib.import_module("vllm.v1.core.sched.output")
         self.manager = scheduler.kv_cache_manager
@@ -66,11 +69,15 @@ class Batch:
         self.active = np.arange(rows)
         self.under_way: list[tuple[Any, np.ndarray]] = []
         """Steps that are scheduled and have no tokens yet, and their rows."""
+        self.prefixes = self._prefixes() if prefixes else None
         self._prepare()
 
     @classmethod
-    def of(cls, scheduler: Any, unsent: dict[str, list[np.ndarray]]) -> Batch | None:
-        """The scheduler's running sequences, if all there is to do is to give each of them a token."""
+    def of(cls, scheduler: Any, unsent: dict[str, list[np.ndarray]], prefixes: bool = False) -> Batch | None:
+        """The scheduler's running sequences, if all there is to do is to give each of them a token.
+
+        With `prefixes` its steps say which of them begin with the same blocks (`slipstream_prefixes`).
+        """
         running = scheduler.running
         if not running or not undisturbed(scheduler):
             return None
@@ -81,7 +88,7 @@ class Batch:
             before = scheduler.prev_step_scheduled_req_ids
             if not all(r.request_id in before for r in running):
                 return None
-        return cls(scheduler, list(running), unsent)
+        return cls(scheduler, list(running), unsent, prefixes)
 
     def schedule(self) -> Any | None:
         """The next step, or None where vLLM's own code has to decide."""
@@ -114,6 +121,7 @@ class Batch:
         """What steps of the same sequences share. Nobody changes it."""
         self.active_names = [self.names[row] for row in self.active]
         self.one_each = dict.fromkeys(self.active_names, 1)
+        self.active_prefixes = None if self.prefixes is None else self.prefixes.part(self.active)
         if not self.scheduler.use_v2_model_runner:
             self.scheduler.prev_step_scheduled_req_ids = set(self.active_names)
 
@@ -141,6 +149,14 @@ class Batch:
     def _room(self, request: Any) -> int:
         return len(self.manager.get_block_ids(request.request_id)[0]) * self.block
 
+    def _prefixes(self) -> Prefixes:
+        blocks = []
+        for request in self.requests:
+            # A block that a sequence still writes to is nobody else's.
+            full = min(request.num_prompt_tokens, request.num_computed_tokens) // self.block
+            blocks.append(self.manager.get_block_ids(request.request_id)[0][:full])
+        return Prefixes.of(blocks, self.block)
+
     def _output(self, rows: np.ndarray, blocks: list[Any]) -> Any:
         output = self.vllm.SchedulerOutput.make_empty()
         output.scheduled_cached_reqs = self.vllm.CachedRequestData(
@@ -160,6 +176,8 @@ class Batch:
         output.free_encoder_mm_hashes = self.scheduler.encoder_cache_manager.get_freed_mm_hashes()
         if hasattr(output, "num_common_prefix_blocks"):
             output.num_common_prefix_blocks = [0]  # a hint; the batch has many prompts
+        if self.active_prefixes is not None:
+            output.slipstream_prefixes = self.active_prefixes
         output.slipstream_steady = not output.new_block_ids_to_zero  # for `steady_runner`
         self.under_way.append((output, rows))
         return output

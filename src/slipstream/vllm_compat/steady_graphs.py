@@ -90,7 +90,7 @@ class Graphs:
         if padded not in self._before:
             for size in self.sizes:
                 prepare = self._prepare(size)
-                self._before[size] = self._record(prepare, prepare)[0]
+                self._before[size] = self.record(prepare, prepare)[0]
             logger.info("steady steps: graphs of %d sizes, up to %d sequences", len(self.sizes), self.sizes[0])
         return self._before[padded]
 
@@ -100,26 +100,31 @@ class Graphs:
             for size in self.sizes:
                 of = dataclasses.replace(wanted, padded=size)
                 warm, real = (functools.partial(self._samples, of, rows) for rows in (self.nobody, self.updated))
-                self._after[of] = self._record(warm, real)
+                self._after[of] = self.record(warm, real)
         return self._after[wanted]
 
-    def _prepare(self, padded: int) -> Callable[[], None]:
+    def inputs(self, padded: int) -> Callable[[], None]:
+        """What makes the model's inputs, but for the attention's metadata."""
         from slipstream.vllm_compat import steady_kernel
 
-        runner, tables, buffers = self.runner, self.tables, self.runner.input_buffers
+        tables, buffers = self.tables, self.runner.input_buffers
+        return lambda: steady_kernel.inputs(
+            self.rows, self.states.num_computed_tokens.gpu, self.states.last_sampled_tokens,
+            tables.block_tables[0].gpu, tables.kernel_block_sizes[0], padded,
+            ids=buffers.input_ids, positions=buffers.positions, seq_lens=buffers.seq_lens,
+            slots=tables.slot_mappings[0], starts=buffers.query_start_loc, blocks=tables.input_block_tables[0],
+            sampled=self.sampled, updated=self.updated,
+        )  # fmt: skip
+
+    def _prepare(self, padded: int) -> Callable[[], None]:
+        runner, tables, inputs = self.runner, self.tables, self.inputs(padded)
         # What vLLM's metadata is made of: the buffers that the kernel fills, and the most that lengths may be.
-        batch = gpu("input_batch", "InputBatch").make_dummy(padded, padded, buffers)
+        batch = gpu("input_batch", "InputBatch").make_dummy(padded, padded, runner.input_buffers)
         batch.seq_lens_cpu_upper_bound = torch.full((padded,), runner.max_model_len, dtype=torch.int32)
         mode = importlib.import_module("vllm.config.compilation").CUDAGraphMode.FULL
 
         def prepare() -> None:
-            steady_kernel.inputs(
-                self.rows, self.states.num_computed_tokens.gpu, self.states.last_sampled_tokens,
-                tables.block_tables[0].gpu, tables.kernel_block_sizes[0], padded,
-                ids=buffers.input_ids, positions=buffers.positions, seq_lens=buffers.seq_lens,
-                slots=tables.slot_mappings[0], starts=buffers.query_start_loc, blocks=tables.input_block_tables[0],
-                sampled=self.sampled, updated=self.updated,
-            )  # fmt: skip
+            inputs()
             runner.model_state.prepare_attn(
                 batch, mode, (tables.input_block_tables[0][:padded],), tables.slot_mappings[:, :padded],
                 runner.attn_groups, runner.kv_cache_config,
@@ -153,7 +158,7 @@ class Graphs:
         )  # fmt: skip
         return samples
 
-    def _record(self, warm: Callable[[], Any], work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    def record(self, warm: Callable[[], Any], work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         """Record `work`, after `warm` has compiled its kernels."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.runner.device)
         self.stream.wait_stream(current)

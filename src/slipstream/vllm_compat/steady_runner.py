@@ -24,6 +24,8 @@ from torch import Tensor
 
 from slipstream.vllm_compat.sampled_logprobs import MODE, Recorder
 from slipstream.vllm_compat.steady_graphs import Graphs, Wanted, gpu, only_decodes
+from slipstream.vllm_compat.steady_model import SharedModel, obstacle
+from slipstream.vllm_compat.steady_prefixes import SAVED
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +33,8 @@ VERSIONS = ("0.26.",)
 """vLLM's versions whose model runner was read, and is tested, for what is done here."""
 
 
-def install(worker: Any, version: str, recorder: Recorder | None = None) -> str | None:
-    """Let the model runner of `worker` make steady steps by graphs. Returns why not, where it cannot.
+def install(worker: Any, version: str, recorder: Recorder | None = None) -> str | SteadyRunner:
+    """Let the model runner of `worker` make steady steps by graphs. Returns what makes them, or why nothing can.
 
     Args:
         worker: vLLM's, in this process.
@@ -40,9 +42,7 @@ def install(worker: Any, version: str, recorder: Recorder | None = None) -> str 
         recorder: Is told what is sampled while it is on (see `sampled_logprobs`).
     """
     why = _obstacle(worker.model_runner, version)
-    if why is None:
-        SteadyRunner(worker.model_runner, recorder)
-    return why
+    return why or SteadyRunner(worker.model_runner, recorder)
 
 
 def _obstacle(runner: Any, version: str) -> str | None:
@@ -86,6 +86,8 @@ class SteadyRunner:
     def __init__(self, runner: Any, recorder: Recorder | None) -> None:
         self.runner, self.recorder, self.graphs = runner, recorder, Graphs(runner)
         self.manager, self.states = runner.cudagraph_manager, runner.req_states
+        self.shared: SharedModel | None = None
+        """The model's graphs that read common tokens once, where its attention allows it."""
         self.names: list[str] | None = None
         """Of the last step's sequences, as the scheduler's list; None when the last step was vLLM's own."""
         self.simple = False
@@ -93,10 +95,20 @@ class SteadyRunner:
         self.index: dict[str, int] = {}
         self.under_way: tuple[int, list[str]] | None = None
         """Padded size and sequences of a step that is not sampled yet."""
-        self.steps = 0
-        """Steps made here, for tests and the curious."""
+        self.saved = self.total = 0
+        """Tokens whose keys and values need not be read again in each step, and all that sequences attend to."""
+        self.steps = self.steps_shared = 0
+        """Steps made here, and those of them that read common tokens once, for tests and the curious."""
         self._execute, self._sample = runner.execute_model, runner.sample_tokens
         runner.execute_model, runner.sample_tokens = self.execute, self.sample
+
+    def share(self) -> str | None:
+        """From now on, read what sequences begin with once for all of them, where steps come with their `Prefixes`.
+        Returns why not, where that cannot be."""
+        why = obstacle(self.runner)
+        if why is None:
+            self.shared = SharedModel(self.graphs)
+        return why
 
     @torch.inference_mode()
     def execute(self, step: Any, *args: Any, **options: Any) -> Any:
@@ -105,9 +117,8 @@ class SteadyRunner:
         if getattr(step, "slipstream_steady", False):
             description = self._ready(step)
             if description is not None:
-                self.graphs.before(description.num_tokens).replay()
-                self.manager.run_fullgraph(description)
-                self.under_way = (description.num_tokens, step.scheduled_cached_reqs.req_ids)
+                padded = self._run(step, description)
+                self.under_way = (padded, step.scheduled_cached_reqs.req_ids)
                 self.steps += 1
                 return None
         else:
@@ -134,6 +145,19 @@ class SteadyRunner:
         ranks = None if samples.ranks is None else samples.ranks[:count].clone()
         return _output_class()(self.runner, names, self.index, tokens, logps if self.ranks else None, ranks)
 
+    def _run(self, step: Any, description: Any) -> int:
+        """Compute a step's hidden states. Returns for how many sequences."""
+        shared, count = self.shared, len(step.scheduled_cached_reqs.req_ids)
+        self.total += count
+        if shared is not None and self.saved > SAVED * self.total and (found := shared.graph(count)) is not None:
+            padded, graph = found
+            graph.replay()
+            self.steps_shared += 1
+            return padded
+        self.graphs.before(description.num_tokens).replay()
+        self.manager.run_fullgraph(description)
+        return int(description.num_tokens)
+
     def _ready(self, step: Any) -> Any | None:
         """Bring vLLM's states up to a step. Returns its graph's description, or None: vLLM makes this one."""
         cached = step.scheduled_cached_reqs
@@ -155,6 +179,7 @@ class SteadyRunner:
                     copy(states.seeds.np, out=self.graphs.seeds)
             if self.simple:
                 copy(np.concatenate([np.array([count], np.int32), rows]), out=self.graphs.rows[: 1 + count])
+                self._groups(step)
             self.names, self.index = names, {name: place for place, name in enumerate(names)}
         if not self.simple:
             return None
@@ -167,6 +192,16 @@ class SteadyRunner:
         if grown:
             self.runner.block_tables.apply_staged_writes()
         return description
+
+    def _groups(self, step: Any) -> None:
+        """Bring up who is read for together."""
+        prefixes, self.saved = getattr(step, "slipstream_prefixes", None), 0
+        if self.shared is not None and prefixes is not None:
+            groups, self.saved = prefixes.read(self.shared.most)
+            self.total = sum(step.scheduled_cached_reqs.num_computed_tokens)
+            if self.saved:
+                padded = np.pad(groups, ((0, 0), (0, self.shared.groups.shape[1] - groups.shape[1])))
+                gpu("buffer_utils", "async_copy_to_gpu")(padded, out=self.shared.groups)
 
     def _description(self, count: int) -> Any | None:
         """vLLM's name for its graph of a step of `count` sequences."""
