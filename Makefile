@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup peer parity quickstart quickstart-server test test-slow lint format typecheck lock clean distclean
+.PHONY: help setup peer parity quickstart quickstart-server test test-slow test-kernels lint format typecheck lock clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,15 @@ test: setup ## run the tests
 test-slow: setup ## run those that take long and resemble a quicker one
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "slow and not gpu" $(ARGS)
 
+test-kernels: setup .triton/.installed ## run the GPU's kernels in Triton's interpreter
+	@$(BIN)/python -m pytest -m kernel $(ARGS)
+
+.triton/.installed: requirements/kernels.lock
+	@echo "setup: installing Triton into .triton (188 MB to download)"
+	@rm -rf .triton
+	@$(BIN)/python -m pip install --quiet --no-deps --no-compile --target .triton -r $<
+	@touch $@
+
 lint: setup ## look for mistakes and for unformatted files
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -57,4 +66,4 @@ clean: ## remove caches and build outputs
 	find src tests examples benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv and .venv-peer as well
-	rm -rf .venv .venv-peer
+	rm -rf .venv .venv-peer .triton
