@@ -40,8 +40,8 @@ class Prompt:
 
     Attributes:
         ids: Token ids that the engine continues, as the model sees them: with all placeholders of images.
-        row: The dataset row as it was read; its columns other than `prompt`, `image` and `images` go to the reward
-            functions.
+        row: The dataset row as it was read; its columns other than `prompt` go to the reward functions, `image` and
+            `images` to those that name them.
         index: Position of the row in its dataset (the same on every rank and after a resume).
         rendered: Whether `ids` follow from the row; False where a rollout function chose them.
         images: Its images; None where it has none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import tiny
@@ -15,6 +16,7 @@ from slipstream.modeling.logprobs import score_tokens
 from slipstream.modeling.packing import Packer
 from slipstream.modeling.partition import at_least
 from slipstream.records import Completion, Prompt, Rollout, StepTotals
+from slipstream.rewards import rowwise
 from slipstream.rollouts import images
 from slipstream.rollouts.prompts import PromptRenderer
 from slipstream.rollouts.rewards import RewardRunner
@@ -371,6 +373,32 @@ def test_reward_functions_get_other_columns_than_images(qwen):
     RewardRunner([reward], [None]).score([Rollout(prompt, Completion([9], None, 0, "stop"), "x", False)])
     assert seen["answer"] == ["a cat"]
     assert not {"image", "images"} & seen.keys()
+
+
+def test_a_reward_function_that_names_images_gets_them():
+    seen = {}
+
+    def looks(completions, image, **columns):
+        seen["looks"] = (image, sorted(columns))
+        return [1.0] * len(completions)
+
+    async def waits(completions, image=None, **columns):
+        seen["waits"] = (image, sorted(columns))
+        return [2.0] * len(completions)
+
+    def reads(completions, **columns):
+        seen["reads"] = sorted(columns)
+        return [3.0] * len(completions)
+
+    picture = tiny_vision.picture(RED, (8, 8))
+    prompt = Prompt([5], {"prompt": "x", "image": picture, "answer": 1}, 0)
+    rollout = Rollout(prompt, Completion([9], None, 0, "stop"), "x", False)
+    for function in (looks, rowwise(looks), functools.partial(looks), waits, reads):
+        RewardRunner([function], [None]).score([rollout])
+    assert seen["looks"][0] == seen["waits"][0] == [picture]
+    for columns in (seen["looks"][1], seen["waits"][1], seen["reads"]):
+        assert "answer" in columns
+        assert "image" not in columns
 
 
 def test_the_tiny_tokenizer_is_text_alone():

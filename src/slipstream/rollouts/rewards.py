@@ -33,11 +33,11 @@ class RewardRunner:
     """Scores rollouts with every reward function.
 
     A reward function is called as `f(prompts=, completions=, completion_ids=, **columns, trainer_state=, log_extra=,
-    log_metric=)`, where `columns` are the dataset's other columns (without `image` and `images`), and returns one
-    number (or None: cannot be scored) a completion. The lists are its own: it may change them. Coroutine functions run
-    concurrently, always in the same event loop; those marked as row-wise (`slipstream.rewards.rowwise`) while the
-    engine samples, see `streamed`. A sequence-classification model is a reward function too: its reward is logit 0 of
-    prompt and completion.
+    log_metric=)`, where `columns` are the dataset's other columns (`image` and `images` where these are parameters of
+    its own), and returns one number (or None: cannot be scored) a completion. The lists are its own: it may change
+    them. Coroutine functions run concurrently, always in the same event loop; those marked as row-wise
+    (`slipstream.rewards.rowwise`) while the engine samples, see `streamed`. A sequence-classification model is a reward
+    function too: its reward is logit 0 of prompt and completion.
 
     Args:
         functions: Functions, or sequence-classification models.
@@ -73,7 +73,9 @@ class RewardRunner:
 
         def call(number: int, given: dict[str, Any], columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> Any:
             arguments = given | {"trainer_state": trainer_state} | _columns(rows, columns)
-            return _as_list(self.names[number], self.functions[number](**_own(arguments)), len(rows))
+            return _as_list(
+                self.names[number], self.functions[number](**_own(self.functions[number], arguments)), len(rows)
+            )
 
         streamed = StreamedRewards(list(functions), call, render)
         try:
@@ -120,7 +122,7 @@ class RewardRunner:
                     arguments["log_extra"](column, logged)
             else:
                 own = {"log_metric": refuse_metric} if _is_rowwise(function) else {}
-                values[i] = function(**_own(arguments) | own)
+                values[i] = function(**_own(function, arguments) | own)
         if waiting:
             for i, result in zip(waiting, self._run_async(list(waiting.values()), arguments), strict=True):
                 values[i] = result
@@ -143,7 +145,7 @@ class RewardRunner:
             try:
                 async with deadline:
                     for function in functions:
-                        tasks.append(asyncio.ensure_future(function(**_own(arguments))))
+                        tasks.append(asyncio.ensure_future(function(**_own(function, arguments))))
                     return await asyncio.gather(*tasks)
             except TimeoutError as error:
                 if not deadline.expired():
@@ -210,19 +212,28 @@ def _is_rowwise(function: Any) -> bool:
 
 
 def _columns(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
-    """The dataset's columns for a reward function: those that are not its own arguments, nor images."""
-    left_out = OWN_ARGUMENTS | set(IMAGES)
-    return {name: [row.get(name) for row in rows] for name in names if name not in left_out}
+    """The dataset's columns for reward functions: those that are not their own arguments."""
+    return {name: [row.get(name) for row in rows] for name in names if name not in OWN_ARGUMENTS}
 
 
-def _own(arguments: dict[str, Any]) -> dict[str, Any]:
+def _own(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of one function: what it changes is neither another's, nor what is learnt from, nor the dataset's.
 
     Completions of a prompt have the same prompt object. What columns hold is not copied: it may be large.
     """
     own = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    for name in set(IMAGES) & own.keys() - _parameters(function):
+        del own[name]
     copies = {name: [copy.deepcopy(one) for one in own[name]] for name in ("prompts", "completions")}
     return own | copies | {"completion_ids": [list(ids) for ids in own["completion_ids"]]}
+
+
+def _parameters(function: Any) -> set[str]:
+    """Those that a function names, which what `**columns` takes is not."""
+    try:
+        return set(inspect.signature(function).parameters)
+    except ValueError:  # something built in, which tells nothing
+        return set()
 
 
 def _as_list(name: str, values: Any, expected: int) -> list[Any]:
