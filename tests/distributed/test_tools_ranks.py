@@ -13,6 +13,7 @@ from launching import torchrun
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("run_tools.py")
+pytestmark = pytest.mark.slow  # test_ranks.py is alike, without tools
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
