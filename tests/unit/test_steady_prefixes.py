@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,6 +108,58 @@ def test_sizes_of_graphs_are_spread():
     assert steady_model._spread([4, 2, 1]) == [4]
 
 
+def test_graphs_are_recorded_before_the_first_completions(monkeypatch):
+    """Recording them later can make a thread fail that computes rewards."""
+    monkeypatch.setattr(steady_runner, "gpu", lambda *names: lambda array, out: None)
+    monkeypatch.setattr(
+        steady_runner, "Graphs", lambda runner: SimpleNamespace(before=lambda padded: SimpleNamespace(replay=list))
+    )
+    manager = SimpleNamespace(run_fullgraph=lambda description: None)
+    steady = steady_runner.SteadyRunner(
+        SimpleNamespace(req_states=None, cudagraph_manager=manager, execute_model=None, sample_tokens=None), None
+    )
+    steady.shared = Shared()
+    cached = SimpleNamespace(req_ids=["a", "b", "c"], num_computed_tokens=[200, 200, 3000])
+    step = SimpleNamespace(
+        scheduled_cached_reqs=cached, slipstream_prefixes=Prefixes.of([[1, 2], [1, 2], list(range(9, 50))], 64)
+    )
+    steady._groups(step)
+    assert steady._run(step, SimpleNamespace(num_tokens=8)) == 8  # 128 of 3400 tokens are not worth it
+    assert steady.shared.asked == [3]
+
+
+def test_recording_that_was_broken_off_begins_again():
+    model = object.__new__(steady_model.SharedModel)
+    model.sizes, model._graphs, model._work = [16, 8], {}, lambda padded: padded
+    made = iter([("sixteen", None), KeyboardInterrupt(), ("sixteen again", None), ("eight", None)])
+
+    def record(warm, work):
+        graph = next(made)
+        if isinstance(graph, BaseException):
+            raise graph
+        return graph
+
+    model.graphs = SimpleNamespace(record=record)
+    with pytest.raises(KeyboardInterrupt):
+        model.graph(7)
+    assert model.graph(7) == (8, "eight")
+    assert model.graph(9) == (16, "sixteen again")
+
+
+def test_a_gpu_without_memory_left_makes_steps_as_before(monkeypatch):
+    def full(graphs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(steady_runner, "Graphs", lambda runner: None)
+    monkeypatch.setattr(steady_runner, "obstacle", lambda runner: None)
+    monkeypatch.setattr(steady_runner, "SharedModel", full)
+    steady = steady_runner.SteadyRunner(
+        SimpleNamespace(cudagraph_manager=None, req_states=None, execute_model=None, sample_tokens=None), None
+    )
+    assert "memory" in steady.share()
+    assert steady.shared is None
+
+
 class Shared:
     """Graphs that tell what they were asked for."""
 
@@ -152,6 +205,7 @@ def test_prompts_are_read_once_where_that_saves_enough(monkeypatch):
     steady._groups(step(["b"], [1200], both.part(np.array([1]))))
     assert len(copied) == 1
     assert steady._run(step(["b"], [1200], None), vllms) == 8
+    assert len(steady.shared.asked) == 900  # nobody shares anything
     steady._groups(first)
     steady._groups(step(["c", "d"], [700, 700], None))  # of a batch that tells nothing
     assert steady._run(first, vllms) == 8

@@ -99,7 +99,7 @@ class SharedModel:
         size = next((size for size in reversed(self.sizes) if size >= count), None)
         if size is None:
             return None
-        if not self._graphs:
+        if size not in self._graphs:  # an interrupt may have ended the recording early
             for padded in self.sizes:
                 work = self._work(padded)
                 self._graphs[padded] = self.graphs.record(work, work)[0]

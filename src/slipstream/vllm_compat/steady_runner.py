@@ -107,7 +107,10 @@ class SteadyRunner:
         Returns why not, where that cannot be."""
         why = obstacle(self.runner)
         if why is None:
-            self.shared = SharedModel(self.graphs)
+            try:
+                self.shared = SharedModel(self.graphs)
+            except torch.OutOfMemoryError:  # the cache has been given all of it
+                why = "the GPU has no memory left for chunks' results"
         return why
 
     @torch.inference_mode()
@@ -149,7 +152,9 @@ class SteadyRunner:
         """Compute a step's hidden states. Returns for how many sequences."""
         shared, count = self.shared, len(step.scheduled_cached_reqs.req_ids)
         self.total += count
-        if shared is not None and self.saved > SAVED * self.total and (found := shared.graph(count)) is not None:
+        # Graphs are recorded as soon as any tokens are shared, enough or not: see `Graphs` on recording later.
+        found = shared.graph(count) if shared is not None and self.saved else None
+        if found is not None and self.saved > SAVED * self.total:
             padded, graph = found
             graph.replay()
             self.steps_shared += 1
