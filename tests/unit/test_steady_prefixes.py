@@ -36,6 +36,41 @@ def test_a_beginning_that_all_prompts_share_does_not_take_the_place_of_the_promp
     assert found(a, b, [*common, 30], common) == [(0, 192)] * 4
 
 
+def test_one_completion_that_is_left_of_a_prompt_does_not_shorten_what_others_share():
+    """A batch that is formed again begins with the last completions of old prompts."""
+    common = [1, 2, 3]
+    a, b, c = ([*common, *range(10 * i, 10 * i + 7)] for i in (1, 2, 3))
+    assert found(a, *[b] * 8, *[c] * 8) == [(0, 0)] + [(1, 640)] * 8 + [(9, 640)] * 8
+    assert found(*[a] * 8, b, *[c] * 8) == [(0, 640)] * 8 + [(8, 0)] + [(9, 640)] * 8
+    assert found(a, b, *[c] * 8) == [(0, 192)] * 2 + [(2, 640)] * 8
+
+
+def parts(count):
+    """All ways to divide neighbours."""
+    if not count:
+        yield []
+    for first in range(1, count + 1):
+        for others in parts(count - first):
+            yield [first, *others]
+
+
+@given(st.lists(st.lists(st.integers(1, 2), max_size=3), max_size=8))
+def test_no_other_groups_save_more(choices):
+    # Blocks 1 to 3 of all; then one of two at each of some levels, below those before.
+    sequences = [[1, 2, 3] * bool(way) + [hash(tuple(way[:i])) for i in range(1, len(way) + 1)] for way in choices]
+
+    def saves(sizes):
+        total = place = 0
+        for size in sizes:
+            members = sequences[place : place + size]
+            alike = sum(len(set(column)) == 1 for column in zip(*members, strict=False))
+            total += (size - 1) * (alike if alike * 64 >= LEAST else 0)
+            place += size
+        return total * 64
+
+    assert Prefixes.of(sequences, 64).read(100)[1] == max(map(saves, parts(len(sequences))))
+
+
 def test_a_shorter_neighbour_shortens_a_group_only_where_more_is_saved():
     long, short = list(range(10)), [*range(9), 99]
     assert found(long, long, long, short, short) == [(0, 576)] * 5  # 4 x 9 blocks instead of 2 x 10 and 10
