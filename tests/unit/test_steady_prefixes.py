@@ -146,9 +146,13 @@ def test_sizes_of_graphs_are_spread():
 def test_graphs_are_recorded_before_the_first_completions(monkeypatch):
     """Recording them later can make a thread fail that computes rewards."""
     monkeypatch.setattr(steady_runner, "gpu", lambda *names: lambda array, out: None)
-    monkeypatch.setattr(
-        steady_runner, "Graphs", lambda runner: SimpleNamespace(before=lambda padded: SimpleNamespace(replay=list))
-    )
+    own = []
+
+    def before(padded):
+        own.append(padded)
+        return SimpleNamespace(replay=list)
+
+    monkeypatch.setattr(steady_runner, "Graphs", lambda runner: SimpleNamespace(before=before))
     manager = SimpleNamespace(run_fullgraph=lambda description: None)
     steady = steady_runner.SteadyRunner(
         SimpleNamespace(req_states=None, cudagraph_manager=manager, execute_model=None, sample_tokens=None), None
@@ -161,6 +165,11 @@ def test_graphs_are_recorded_before_the_first_completions(monkeypatch):
     steady._groups(step)
     assert steady._run(step, SimpleNamespace(num_tokens=8)) == 8  # 128 of 3400 tokens are not worth it
     assert steady.shared.asked == [3]
+    own.clear()
+    cached.num_computed_tokens = [200, 200, 150]
+    steady._groups(step)
+    assert steady._run(step, SimpleNamespace(num_tokens=8)) == 4
+    assert own == [8]  # those that the last sequences will need
 
 
 def test_recording_that_was_broken_off_begins_again():
@@ -179,6 +188,18 @@ def test_recording_that_was_broken_off_begins_again():
         model.graph(7)
     assert model.graph(7) == (8, "eight")
     assert model.graph(9) == (16, "sixteen again")
+
+
+def test_layers_keep_their_attention_where_an_interrupt_comes():
+    class Refusing:
+        def __setattr__(self, name, value):
+            raise KeyboardInterrupt
+
+    model, impl = object.__new__(steady_model.SharedModel), SimpleNamespace()
+    model.layers = {"first": SimpleNamespace(impl=impl), "second": SimpleNamespace(impl=Refusing())}
+    with pytest.raises(KeyboardInterrupt), model._instead():
+        pass
+    assert not hasattr(impl, "forward")
 
 
 def test_a_gpu_without_memory_left_makes_steps_as_before(monkeypatch):

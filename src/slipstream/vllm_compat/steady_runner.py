@@ -152,14 +152,15 @@ class SteadyRunner:
         """Compute a step's hidden states. Returns for how many sequences."""
         shared, count = self.shared, len(step.scheduled_cached_reqs.req_ids)
         self.total += count
-        # Graphs are recorded as soon as any tokens are shared, enough or not: see `Graphs` on recording later.
+        # All graphs are recorded now, whichever this step takes: see `Graphs` on recording later.
+        before = self.graphs.before(description.num_tokens)
         found = shared.graph(count) if shared is not None and self.saved else None
         if found is not None and self.saved > SAVED * self.total:
             padded, graph = found
             graph.replay()
             self.steps_shared += 1
             return padded
-        self.graphs.before(description.num_tokens).replay()
+        before.replay()
         self.manager.run_fullgraph(description)
         return int(description.num_tokens)
 
