@@ -3,9 +3,10 @@
 vLLM replays the model's graph, and makes its inputs, the attention's metadata and the samples around it from Python, in
 forty launches a step that a small model's GPU waits for. In a step that `steady` has scheduled all of it follows from
 what lies on the GPU already. So the inputs are one kernel (`steady_kernel`) and vLLM's own metadata kernel, recorded as
-a graph; the sampling is vLLM's own kernels, recorded as another. The state that they leave on the GPU is the one that
-vLLM's way leaves, and on the host it keeps none that it does not get anew with every step: a step of either way may
-follow one of the other.
+a graph; the sampling is vLLM's own kernels, recorded as another. Where enough of what sequences begin with is shared,
+the first two are one graph, of `steady_model`. The state that they leave on the GPU is the one that vLLM's way leaves,
+and on the host it keeps none that it does not get anew with every step: a step of either way may follow one of the
+other.
 
 Only for what was read and is tested: the V2 model runner of vLLM 0.26 on one GPU with FlashAttention, plain sampling
 (temperature and seeds; no penalties, biases, top-k or top-p).
