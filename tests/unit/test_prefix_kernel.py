@@ -10,7 +10,7 @@ import torch
 from slipstream.vllm_compat import prefix_kernel
 
 prefix_kernel._TOKENS = 16
-heads, of, width, size, chunk, places, programs = {shape}
+heads, of, width, size, chunk, places, programs, apart = {shape}
 generator = torch.Generator().manual_seed(0)
 # Sequences as (tokens, sequences read for together from here on, tokens in common); two rows of padding at the end.
 sequences = [(90, 3, 64), (70, 0, 64), (81, 0, 64), (5, 1, 0), (100, 2, 96), (97, 0, 96), (33, 1, 32), (16, 1, 0)]
@@ -30,23 +30,36 @@ for place, (length, together, common) in enumerate(sequences):
     need = -(-length // size)
     blocks[place, shared:need] = torch.tensor([next(free) for _ in range(need - shared)])
     lengths[place], groups[0, place], groups[1, place] = length, together, common
-queries = torch.randn(room, heads + 2, width, generator=generator)[:, :heads]
+queries = torch.randn(room, heads + 2, 2 * width, generator=generator)[..., :width]
+queries = (queries if apart else queries.contiguous())[:, :heads]
 out = torch.full((room, heads, width), 9.0)
 parts, sums = torch.full((room, heads, places, width), 5.0), torch.full((room, heads, places, 2), 5.0)
 units = torch.full((4, prefix_kernel.HEADER + room * places), 777777, dtype=torch.int32)
-prefix_kernel.plan(lengths, groups, room, chunk, units, programs, of)
+
+
+def attend(taken):
+    prefix_kernel.plan(lengths, groups, taken, chunk, units, programs, of)
+    prefix_kernel.attend(
+        queries[:taken], cache, blocks, lengths, groups, units, out[:taken],
+        scale=0.3, partial=parts, sums=sums, programs=programs,
+    )
+    for place, (length, _, _) in enumerate(sequences[:taken]):
+        rows = cache[blocks[place, : -(-length // size)].long()].double()  # blocks, of, size, 2 width
+        rows = rows.transpose(1, 2).reshape(-1, of, 2 * width)[:length]
+        for head in range(heads):
+            keys, values = rows[:, head * of // heads].split(width, -1)
+            expected = (keys @ queries[place, head].double() * 0.3).softmax(0) @ values
+            torch.testing.assert_close(out[place, head].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+# As while a graph for fewer sequences is recorded: the group of three goes on where this one ends.
+attend(2)
+assert (parts[2:] == 5).all() and (sums[2:] == 5).all() and (out[2:] == 9).all()
+units.fill_(777777)
+attend(room)
 listed = int(units[0, 0])
 assert units[0, 1] >= chunk and listed * of <= max(3 * programs, 4 * room)
 assert (units[:, prefix_kernel.HEADER + listed :] == 777777).all()
-prefix_kernel.attend(
-    queries, cache, blocks, lengths, groups, units, out, scale=0.3, partial=parts, sums=sums, programs=programs)
-for place, (length, _, _) in enumerate(sequences):
-    rows = cache[blocks[place, : -(-length // size)].long()].double()  # blocks, of, size, 2 width
-    rows = rows.transpose(1, 2).reshape(-1, of, 2 * width)[:length]
-    for head in range(heads):
-        keys, values = rows[:, head * of // heads].split(width, -1)
-        expected = (keys @ queries[place, head].double() * 0.3).softmax(0) @ values
-        torch.testing.assert_close(out[place, head].double(), expected, rtol=1e-4, atol=1e-5)
 assert not out[count:].any()
 print("all equal")
 """
@@ -55,8 +68,14 @@ print("all equal")
 @needs_triton
 @pytest.mark.parametrize(
     "shape",
-    [(4, 2, 16, 16, 32, 5, 40), (12, 2, 32, 16, 16, 8, 7), (3, 3, 16, 16, 128, 2, 1), (4, 1, 16, 16, 16, 8, 1000)],
-    ids=["grouped", "six", "single", "many programs"],
+    [
+        (4, 2, 16, 16, 32, 5, 40, False),
+        (12, 2, 32, 16, 16, 8, 7, False),
+        (3, 3, 16, 16, 128, 2, 1, False),
+        (4, 1, 16, 16, 16, 8, 1000, False),
+        (4, 2, 16, 16, 32, 5, 40, True),
+    ],
+    ids=["grouped", "six", "single", "many programs", "heads apart"],
 )
 def test_shared_tokens_count_as_each_sequences_own(shape):
     check(KERNEL.replace("{shape}", repr(shape)))

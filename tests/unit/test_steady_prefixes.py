@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +34,41 @@ def test_a_beginning_that_all_prompts_share_does_not_take_the_place_of_the_promp
     assert found(*[a] * 8, *[b] * 8) == [(0, 640)] * 8 + [(8, 640)] * 8
     # Where each prompt has one completion, the beginning is all there is.
     assert found(a, b, [*common, 30], common) == [(0, 192)] * 4
+
+
+def test_one_completion_that_is_left_of_a_prompt_does_not_shorten_what_others_share():
+    """A batch that is formed again begins with the last completions of old prompts."""
+    common = [1, 2, 3]
+    a, b, c = ([*common, *range(10 * i, 10 * i + 7)] for i in (1, 2, 3))
+    assert found(a, *[b] * 8, *[c] * 8) == [(0, 0)] + [(1, 640)] * 8 + [(9, 640)] * 8
+    assert found(*[a] * 8, b, *[c] * 8) == [(0, 640)] * 8 + [(8, 0)] + [(9, 640)] * 8
+    assert found(a, b, *[c] * 8) == [(0, 192)] * 2 + [(2, 640)] * 8
+
+
+def parts(count):
+    """All ways to divide neighbours."""
+    if not count:
+        yield []
+    for first in range(1, count + 1):
+        for others in parts(count - first):
+            yield [first, *others]
+
+
+@given(st.lists(st.lists(st.integers(1, 2), max_size=3), max_size=8))
+def test_no_other_groups_save_more(choices):
+    # Blocks 1 to 3 of all; then one of two at each of some levels, below those before.
+    sequences = [[1, 2, 3] * bool(way) + [hash(tuple(way[:i])) for i in range(1, len(way) + 1)] for way in choices]
+
+    def saves(sizes):
+        total = place = 0
+        for size in sizes:
+            members = sequences[place : place + size]
+            alike = sum(len(set(column)) == 1 for column in zip(*members, strict=False))
+            total += (size - 1) * (alike if alike * 64 >= LEAST else 0)
+            place += size
+        return total * 64
+
+    assert Prefixes.of(sequences, 64).read(100)[1] == max(map(saves, parts(len(sequences))))
 
 
 def test_a_shorter_neighbour_shortens_a_group_only_where_more_is_saved():
@@ -107,6 +143,79 @@ def test_sizes_of_graphs_are_spread():
     assert steady_model._spread([4, 2, 1]) == [4]
 
 
+def test_graphs_are_recorded_before_the_first_completions(monkeypatch):
+    """Recording them later can make a thread fail that computes rewards."""
+    monkeypatch.setattr(steady_runner, "gpu", lambda *names: lambda array, out: None)
+    own = []
+
+    def before(padded):
+        own.append(padded)
+        return SimpleNamespace(replay=list)
+
+    monkeypatch.setattr(steady_runner, "Graphs", lambda runner: SimpleNamespace(before=before))
+    manager = SimpleNamespace(run_fullgraph=lambda description: None)
+    steady = steady_runner.SteadyRunner(
+        SimpleNamespace(req_states=None, cudagraph_manager=manager, execute_model=None, sample_tokens=None), None
+    )
+    steady.shared = Shared()
+    cached = SimpleNamespace(req_ids=["a", "b", "c"], num_computed_tokens=[200, 200, 3000])
+    step = SimpleNamespace(
+        scheduled_cached_reqs=cached, slipstream_prefixes=Prefixes.of([[1, 2], [1, 2], list(range(9, 50))], 64)
+    )
+    steady._groups(step)
+    assert steady._run(step, SimpleNamespace(num_tokens=8)) == 8  # 128 of 3400 tokens are not worth it
+    assert steady.shared.asked == [3]
+    own.clear()
+    cached.num_computed_tokens = [200, 200, 150]
+    steady._groups(step)
+    assert steady._run(step, SimpleNamespace(num_tokens=8)) == 4
+    assert own == [8]  # those that the last sequences will need
+
+
+def test_recording_that_was_broken_off_begins_again():
+    model = object.__new__(steady_model.SharedModel)
+    model.sizes, model._graphs, model._work = [16, 8], {}, lambda padded: padded
+    made = iter([("sixteen", None), KeyboardInterrupt(), ("sixteen again", None), ("eight", None)])
+
+    def record(warm, work):
+        graph = next(made)
+        if isinstance(graph, BaseException):
+            raise graph
+        return graph
+
+    model.graphs = SimpleNamespace(record=record)
+    with pytest.raises(KeyboardInterrupt):
+        model.graph(7)
+    assert model.graph(7) == (8, "eight")
+    assert model.graph(9) == (16, "sixteen again")
+
+
+def test_layers_keep_their_attention_where_an_interrupt_comes():
+    class Refusing:
+        def __setattr__(self, name, value):
+            raise KeyboardInterrupt
+
+    model, impl = object.__new__(steady_model.SharedModel), SimpleNamespace()
+    model.layers = {"first": SimpleNamespace(impl=impl), "second": SimpleNamespace(impl=Refusing())}
+    with pytest.raises(KeyboardInterrupt), model._instead():
+        pass
+    assert not hasattr(impl, "forward")
+
+
+def test_a_gpu_without_memory_left_makes_steps_as_before(monkeypatch):
+    def full(graphs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(steady_runner, "Graphs", lambda runner: None)
+    monkeypatch.setattr(steady_runner, "obstacle", lambda runner: None)
+    monkeypatch.setattr(steady_runner, "SharedModel", full)
+    steady = steady_runner.SteadyRunner(
+        SimpleNamespace(cudagraph_manager=None, req_states=None, execute_model=None, sample_tokens=None), None
+    )
+    assert "memory" in steady.share()
+    assert steady.shared is None
+
+
 class Shared:
     """Graphs that tell what they were asked for."""
 
@@ -152,6 +261,7 @@ def test_prompts_are_read_once_where_that_saves_enough(monkeypatch):
     steady._groups(step(["b"], [1200], both.part(np.array([1]))))
     assert len(copied) == 1
     assert steady._run(step(["b"], [1200], None), vllms) == 8
+    assert len(steady.shared.asked) == 900  # nobody shares anything
     steady._groups(first)
     steady._groups(step(["c", "d"], [700, 700], None))  # of a batch that tells nothing
     assert steady._run(first, vllms) == 8

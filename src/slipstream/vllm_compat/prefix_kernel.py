@@ -47,7 +47,7 @@ def attend(
     """Write the attention of P new tokens to `out`, (P, H, D).
 
     Args:
-        queries: (P, H, D), contiguous but for its first dimension.
+        queries: (P, H, D), of any strides.
         cache: (blocks, K, tokens of a block, 2 D): keys, then values, as vLLM 0.26 keeps them; any strides but the
             last's.
         blocks: int32 (P or more, B): each sequence's blocks of the cache.
@@ -62,6 +62,8 @@ def attend(
     """
     count, heads, width = out.shape
     of, size, chunks = cache.shape[1], cache.shape[2], partial.shape[2]
+    if queries.stride()[1:] != (width, 1):  # a part of each head's projection, say
+        queries = queries.contiguous()
     _chunks[(programs,)](
         queries, cache, blocks, units, partial, sums, scale * 1.4426950408889634,
         queries.stride(0), cache.stride(0), cache.stride(1), cache.stride(2), blocks.stride(0), units.stride(0),
@@ -81,7 +83,8 @@ def _plan(lengths, groups, count, group_stride, units, stride, least, programs, 
     there = place < count
     length = tl.load(lengths + place, there, other=0)
     common = tl.minimum(tl.load(groups + group_stride + place, there, other=0), length)
-    together = tl.load(groups + place, there, other=0)
+    # A graph that is recorded for fewer sequences than the step has is not to reach beyond its own.
+    together = tl.minimum(tl.load(groups + place, there, other=0), count - place)
     # About what a program has to read, and rather less: measured on an H200.
     read = tl.sum(length - common + tl.where(together > 0, common, 0), 0) * of
     chunk = least

@@ -58,7 +58,8 @@ class Batch:
         self.alive = np.ones(rows, bool)
         self.computed = np.array([r.num_computed_tokens for r in requests])
         self.outputs = np.array([r.num_output_tokens + r.num_output_placeholders for r in requests])
-        self.room = np.array([self._room(r) for r in requests])
+        blocks = [self.manager.get_block_ids(name)[0] for name in self.names]
+        self.room = np.array([len(held) for held in blocks]) * self.block
         longest = [min(r.num_prompt_tokens + r.max_tokens, scheduler.max_model_len) for r in requests]
         self.to_schedule = longest - np.array([r.num_tokens + r.num_output_placeholders for r in requests])
         # Tokens of steps that vLLM itself has scheduled come through its own code: they are not counted here.
@@ -69,7 +70,7 @@ class Batch:
         self.active = np.arange(rows)
         self.under_way: list[tuple[Any, np.ndarray]] = []
         """Steps that are scheduled and have no tokens yet, and their rows."""
-        self.prefixes = self._prefixes() if prefixes else None
+        self.prefixes = self._prefixes(blocks) if prefixes else None
         self._prepare()
 
     @classmethod
@@ -149,13 +150,10 @@ class Batch:
     def _room(self, request: Any) -> int:
         return len(self.manager.get_block_ids(request.request_id)[0]) * self.block
 
-    def _prefixes(self) -> Prefixes:
-        blocks = []
-        for request in self.requests:
-            # A block that a sequence still writes to is nobody else's.
-            full = min(request.num_prompt_tokens, request.num_computed_tokens) // self.block
-            blocks.append(self.manager.get_block_ids(request.request_id)[0][:full])
-        return Prefixes.of(blocks, self.block)
+    def _prefixes(self, blocks: list[list[int]]) -> Prefixes:
+        # A block that a sequence still writes to is nobody else's.
+        full = (min(r.num_prompt_tokens, r.num_computed_tokens) // self.block for r in self.requests)
+        return Prefixes.of([held[:count] for held, count in zip(blocks, full, strict=True)], self.block)
 
     def _output(self, rows: np.ndarray, blocks: list[Any]) -> Any:
         output = self.vllm.SchedulerOutput.make_empty()

@@ -99,7 +99,7 @@ class SharedModel:
         size = next((size for size in reversed(self.sizes) if size >= count), None)
         if size is None:
             return None
-        if not self._graphs:
+        if size not in self._graphs:  # an interrupt may have ended the recording early
             for padded in self.sizes:
                 work = self._work(padded)
                 self._graphs[padded] = self.graphs.record(work, work)[0]
@@ -134,13 +134,13 @@ class SharedModel:
     @contextlib.contextmanager
     def _instead(self) -> Iterator[None]:
         """Inside, the layers' attention is `prefix_kernel`'s."""
-        for layer in self.layers.values():
-            layer.impl.forward = self._attend
         try:
+            for layer in self.layers.values():
+                layer.impl.forward = self._attend
             yield
         finally:
             for layer in self.layers.values():
-                del layer.impl.forward
+                vars(layer.impl).pop("forward", None)  # not there where an interrupt came first
 
     def _attend(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: Any, output: Tensor,

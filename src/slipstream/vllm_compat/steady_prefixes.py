@@ -35,24 +35,44 @@ class Prefixes:
 
     @classmethod
     def of(cls, blocks: Sequence[Sequence[int]], size: int) -> Prefixes:
-        """Groups of neighbours that have blocks in common.
+        """The groups of neighbours by which the fewest tokens are read.
+
+        Many prompts may begin alike: that is weighed against the longer beginnings of each one's completions.
 
         Args:
             blocks: Of each sequence, those that hold its prompt alone. What two share is in the same places.
             size: Tokens of a block.
         """
-        group, tokens = np.zeros(len(blocks), np.int64), np.zeros(len(blocks), np.int64)
-        first = common = 0
-        for row in range(1, len(blocks)):
-            same = _common(blocks[row - 1], blocks[row])
-            longest = min(common, same) if row - first > 1 else same
-            # One more with a shorter beginning shortens it for all: not where more is read that way.
-            if longest * size < LEAST or longest * (row - first) < common * (row - first - 1):
-                first, common = row, 0
+        # Those with the same blocks stay together in any case: what is looked at are runs of them, which are few.
+        begins, lengths, alike = [], [], []
+        for row, own in enumerate(blocks):
+            same = _common(blocks[row - 1], own) if row else 0
+            if same * size < LEAST:
+                same = 0
+            if not same or not same == len(own) == len(blocks[row - 1]):
+                begins.append(row)
+                lengths.append(len(own))
+                alike.append(same)
+        begin, common = np.array([*begins, len(blocks)]), np.array(lengths, np.int64)
+        # Of all up to a run: the blocks that are saved at most, and the last group's first run and common blocks.
+        saved, last, chain = np.zeros(len(begin), np.int64), [], 0
+        for run, same in enumerate(alike):
+            if same:
+                common[chain:run] = np.minimum(common[chain:run], same)
             else:
-                common = longest
-            group[row] = first
-            tokens[first : row + 1] = common * size
+                chain = run
+            first = slice(chain, run + 1)
+            if_so = saved[first] + common[first] * (begin[run + 1] - begin[first] - 1)
+            best = chain + int(if_so.argmax())
+            saved[run + 1] = if_so[best - chain]
+            last.append((best, int(common[best])))
+        group, tokens, end = np.arange(len(blocks)), np.zeros(len(blocks), np.int64), len(last)
+        while end:
+            first_run, shared = last[end - 1]
+            rows = slice(int(begin[first_run]), int(begin[end]))
+            group[rows] = rows.start
+            tokens[rows] = shared * size if rows.stop - rows.start > 1 else 0
+            end = first_run
         return cls(group, tokens)
 
     def part(self, rows: np.ndarray) -> Prefixes:

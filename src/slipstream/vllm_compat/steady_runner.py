@@ -3,9 +3,10 @@
 vLLM replays the model's graph, and makes its inputs, the attention's metadata and the samples around it from Python, in
 forty launches a step that a small model's GPU waits for. In a step that `steady` has scheduled all of it follows from
 what lies on the GPU already. So the inputs are one kernel (`steady_kernel`) and vLLM's own metadata kernel, recorded as
-a graph; the sampling is vLLM's own kernels, recorded as another. The state that they leave on the GPU is the one that
-vLLM's way leaves, and on the host it keeps none that it does not get anew with every step: a step of either way may
-follow one of the other.
+a graph; the sampling is vLLM's own kernels, recorded as another. Where enough of what sequences begin with is shared,
+the first two are one graph, of `steady_model`. The state that they leave on the GPU is the one that vLLM's way leaves,
+and on the host it keeps none that it does not get anew with every step: a step of either way may follow one of the
+other.
 
 Only for what was read and is tested: the V2 model runner of vLLM 0.26 on one GPU with FlashAttention, plain sampling
 (temperature and seeds; no penalties, biases, top-k or top-p).
@@ -107,7 +108,10 @@ class SteadyRunner:
         Returns why not, where that cannot be."""
         why = obstacle(self.runner)
         if why is None:
-            self.shared = SharedModel(self.graphs)
+            try:
+                self.shared = SharedModel(self.graphs)
+            except torch.OutOfMemoryError:  # the cache has been given all of it
+                why = "the GPU has no memory left for chunks' results"
         return why
 
     @torch.inference_mode()
@@ -149,12 +153,15 @@ class SteadyRunner:
         """Compute a step's hidden states. Returns for how many sequences."""
         shared, count = self.shared, len(step.scheduled_cached_reqs.req_ids)
         self.total += count
-        if shared is not None and self.saved > SAVED * self.total and (found := shared.graph(count)) is not None:
+        # All graphs are recorded now, whichever this step takes: see `Graphs` on recording later.
+        before = self.graphs.before(description.num_tokens)
+        found = shared.graph(count) if shared is not None and self.saved else None
+        if found is not None and self.saved > SAVED * self.total:
             padded, graph = found
             graph.replay()
             self.steps_shared += 1
             return padded
-        self.graphs.before(description.num_tokens).replay()
+        before.replay()
         self.manager.run_fullgraph(description)
         return int(description.num_tokens)
 
