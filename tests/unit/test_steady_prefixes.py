@@ -207,7 +207,7 @@ def test_a_gpu_without_memory_left_makes_steps_as_before(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(steady_runner, "Graphs", lambda runner: None)
-    monkeypatch.setattr(steady_runner, "obstacle", lambda runner: None)
+    monkeypatch.setattr(steady_runner, "obstacle", lambda *args: None)
     monkeypatch.setattr(steady_runner, "SharedModel", full)
     steady = steady_runner.SteadyRunner(
         SimpleNamespace(cudagraph_manager=None, req_states=None, execute_model=None, sample_tokens=None), None
@@ -269,3 +269,16 @@ def test_prompts_are_read_once_where_that_saves_enough(monkeypatch):
     many = Prefixes.of([list(range(10))] * 5, 64)
     steady._groups(step(list("abcde"), [700] * 5, many))
     assert steady._run(step(list("abcde"), [700] * 5, many), vllms) == 8  # no graph is large enough
+
+
+def test_another_gpu_than_was_measured_has_to_be_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(steady_model, "_layers", lambda runner: 1 / 0)
+    runner = SimpleNamespace(device="cuda")
+    assert steady_model.obstacle(runner, [8]) == "reading it once was not measured on NVIDIA A100"
+    with pytest.raises(ZeroDivisionError):  # what else there is, is looked at
+        steady_model.obstacle(runner, [8], anywhere=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ZeroDivisionError):
+        steady_model.obstacle(runner, [8])

@@ -32,11 +32,11 @@ def plan(lengths: Tensor, groups: Tensor, count: int, chunk: int, units: Tensor,
     """List the chunks of a step's first `count` sequences in `units`.
 
     Their size is such that there is about one for each program, but at least `chunk` tokens. `of` is K, and the others
-    are `attend`'s.
+    are `attend`'s, of which `groups` has the same size whatever `count` is: one kernel is compiled for all.
     """
     _plan[(1,)](
         lengths, groups, count, groups.stride(0), units, units.stride(0), chunk, programs, of,
-        PADDED=triton.next_power_of_2(count), num_warps=4 if count > 64 else 1,
+        PADDED=triton.next_power_of_2(groups.shape[1]), num_warps=4,
     )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def attend(
             last's.
         blocks: int32 (P or more, B): each sequence's blocks of the cache.
         lengths: int32 (P or more,): tokens that a sequence attends to, its new one among them; 0 for padding.
-        groups: int32 (2, P or more): how many sequences, from this one on, are read for together (0 where the
+        groups: int32 (2, S), S >= P: how many sequences, from this one on, are read for together (0 where the
             sequence is not its group's first), at most ROWS * K / H; and how many tokens these have in common.
         units: int32 (4, HEADER + P * C or more): by `plan`.
         scale: Of the scores.

@@ -36,7 +36,7 @@ VERSIONS = ("0.26.", "0.32.")
 """vLLM's versions whose scheduler was read, and is tested, for what is skipped here."""
 
 SHARE = "SLIPSTREAM_SHARED_DECODE"
-"""The environment variable that turns reading prompts once off: 0."""
+"""The environment variable for reading prompts once: 0 turns it off, 1 on, also where it was not measured."""
 
 
 def install(core: Any, version: str) -> str | None:
@@ -106,7 +106,8 @@ def begin(core: Any, version: str, recorder: Recorder | None = None) -> None:
     if isinstance(runner, str):
         logger.info("steady steps: by vLLM's own runner, since %s", runner)
         return
-    apart = f"{SHARE}=0 says so" if os.environ.get(SHARE) == "0" else runner.share()
+    wanted = os.environ.get(SHARE)
+    apart = f"{SHARE}=0 says so" if wanted == "0" else runner.share(anywhere=wanted == "1")
     core.scheduler.schedule.__self__.prefixes = apart is None
     how = "once for all of its completions" if apart is None else f"for each completion, since {apart}"
     logger.info("steady steps: CUDA graphs; a prompt is read %s", how)

@@ -19,15 +19,23 @@ from slipstream.vllm_compat.steady_graphs import Graphs, gpu
 
 logger = logging.getLogger(__name__)
 
-ROOM = 512 * 2**20
-"""Bytes that chunks' results may take."""
+ROOM = 256 * 2**20
+"""Bytes that chunks' results may take. vLLM does not count them as its own, and they stay while it sleeps."""
+
+DEVICES = ((9, 0),)
+"""Compute capabilities of devices on which it was measured to be quicker."""
 
 CHUNK, CHUNKS = 256, 16
 """Least tokens of a chunk, and most chunks of a sequence."""
 
 
-def obstacle(runner: Any) -> str | None:
-    """Why the attention of a model runner that has decode graphs cannot be `prefix_kernel`'s."""
+def obstacle(runner: Any, sizes: list[int], anywhere: bool = False) -> str | None:
+    """Why the attention of a model runner that has decode graphs of these sizes is not to be `prefix_kernel`'s.
+
+    With `anywhere` the device may be another one than those of `DEVICES`.
+    """
+    if not anywhere and torch.cuda.get_device_capability(runner.device) not in DEVICES:
+        return f"reading it once was not measured on {torch.cuda.get_device_name(runner.device)}"
     layers = list(_layers(runner).values())
     known = importlib.import_module("vllm.v1.attention.backends.flash_attn").FlashAttentionImpl
     if any(type(layer.impl) is not known for layer in layers):
@@ -50,9 +58,9 @@ def obstacle(runner: Any) -> str | None:
         return f"heads of width {width}, {one.num_heads} to {one.num_kv_heads}"
     if type(importlib.import_module("vllm.model_executor.offloader.base").get_offloader()).__name__ != "NoopOffloader":
         return "weights are moved to the GPU while it computes"
-    need = 4 * runner.max_num_reqs * one.num_heads * chunks_of(runner.max_model_len)[1] * width
+    need = 4 * sizes[0] * one.num_heads * chunks_of(runner.max_model_len)[1] * width
     if need > ROOM:
-        return f"chunks' results of {runner.max_num_reqs} sequences would take {need / 2**20:.0f} MiB"
+        return f"chunks' results of {sizes[0]} sequences would take {need / 2**20:.0f} MiB"
     return None
 
 

@@ -103,10 +103,10 @@ class SteadyRunner:
         self._execute, self._sample = runner.execute_model, runner.sample_tokens
         runner.execute_model, runner.sample_tokens = self.execute, self.sample
 
-    def share(self) -> str | None:
+    def share(self, anywhere: bool = False) -> str | None:
         """From now on, read what sequences begin with once for all of them, where steps come with their `Prefixes`.
-        Returns why not, where that cannot be."""
-        why = obstacle(self.runner)
+        Returns why not, where that cannot be, or, unless `anywhere`, is not known to be quicker."""
+        why = obstacle(self.runner, self.graphs.sizes, anywhere)
         if why is None:
             try:
                 self.shared = SharedModel(self.graphs)
