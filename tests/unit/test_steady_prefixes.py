@@ -206,7 +206,7 @@ def test_a_gpu_without_memory_left_makes_steps_as_before(monkeypatch):
     def full(graphs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(steady_runner, "Graphs", lambda runner: None)
+    monkeypatch.setattr(steady_runner, "Graphs", lambda runner: SimpleNamespace(sizes=[8]))
     monkeypatch.setattr(steady_runner, "obstacle", lambda *args: None)
     monkeypatch.setattr(steady_runner, "SharedModel", full)
     steady = steady_runner.SteadyRunner(
