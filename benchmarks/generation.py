@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -139,7 +140,11 @@ def main() -> None:
         "versions": {"vllm": load().__version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "out"},
+        "options": {
+            name: os.path.relpath(v, Path(__file__).parents[1]) if isinstance(v, Path) else v
+            for name, v in vars(args).items()
+            if name != "out"
+        },
         "seconds": seconds,
         "median_seconds": medians,
         "ratio_to_none": {way: value / medians["none"] for way, value in medians.items()},
