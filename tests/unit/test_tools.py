@@ -132,6 +132,24 @@ def test_the_first_failure_of_each_tool_is_logged(caplog):
     assert "in fail\n" in caplog.text
 
 
+def test_what_cannot_be_written_is_a_call_that_failed():
+    class Silent:
+        def __str__(self):
+            raise ValueError("nothing to say")
+
+    def plain():
+        """Return it."""
+        return Silent()
+
+    async def later():
+        """Return it."""
+        return Silent()
+
+    outcomes = run(Toolbox([plain, later, add]), call("plain"), call("later"), call("add", a=1, b=2))
+    assert [outcome.failed for outcome in outcomes] == [True, True, False]
+    assert "nothing to say" in outcomes[0].content
+
+
 def test_what_is_under_way_when_a_tool_stops_the_run_is_cancelled():
     ended = []
 
@@ -286,6 +304,7 @@ def unhinted(x):
         (None, AsyncReset, TypeError, "AsyncReset.reset is async, and nothing awaits it"),
         (None, {"a": Counter, "b": 3}, TypeError, "environment_factory=3 is not a function"),
         ([add], {"a": Counter, "b": NoReset}, TypeError, "made a NoReset"),
+        ([add], {}, ValueError, "environment_factory={} names no environment"),
     ],
 )
 def test_what_cannot_be_a_tool_is_refused(tools, factory, kind, reason):

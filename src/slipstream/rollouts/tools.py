@@ -17,6 +17,9 @@ from slipstream.rollouts.event_loop import EventLoop
 
 logger = logging.getLogger(__name__)
 NO_TOOLS = ("reset", "get_reward")
+CONTENT = ("image", "text", "video", "audio")
+"""Kinds of blocks that a message may consist of."""
+
 ONLY = None
 """The kind of the environments of a run that has but one."""
 
@@ -28,7 +31,7 @@ class Outcome:
     Attributes:
         name: Of the tool that was called.
         content: What the model is told: what the tool returned as text, or the error.
-        failed: Whether the tool raised an error, or there is none of this name.
+        failed: Whether the tool raised an error, returned what cannot be written, or is not there.
     """
 
     name: str
@@ -61,8 +64,10 @@ class Toolbox:
             raise TypeError(f"tools={tools!r} is not a list of functions.")
         self._functions = list(tools or [])
         self.several = isinstance(environment_factory, dict)
+        if self.several and not environment_factory:
+            raise ValueError("environment_factory={} names no environment: give functions by the rows' environment.")
         self._factories: dict[Any, Any] = environment_factory if self.several else {ONLY: environment_factory}
-        if environment_factory is None or not self._factories:
+        if environment_factory is None:
             self._factories = {}
         for factory in self._factories.values():
             if not callable(factory):
@@ -162,7 +167,7 @@ class Toolbox:
                 if inspect.isawaitable(returned):
                     waiting.append((i, j, returned))
                 else:
-                    outcomes[i][j] = Outcome(name, _text(name, returned))
+                    outcomes[i][j] = self._told(name, returned)
         if waiting:
             for (i, j, _), returned in zip(waiting, self.loop.run(_all([w for *_, w in waiting])), strict=True):
                 name = batch[i][1][j]["name"]
@@ -171,8 +176,20 @@ class Toolbox:
                 elif isinstance(returned, BaseException):
                     raise returned
                 else:
-                    outcomes[i][j] = Outcome(name, _text(name, returned))
+                    outcomes[i][j] = self._told(name, returned)
         return [[outcome for outcome in row if outcome is not None] for row in outcomes]
+
+    def _told(self, name: str, returned: Any) -> Outcome:
+        """What the model is told of a call that has returned."""
+        blocks = returned if isinstance(returned, list) else []
+        if any(isinstance(block, dict) and block.get("type") in CONTENT for block in blocks):
+            raise NotImplementedError(
+                f"the tool {name!r} returned blocks of content, such as images, which are not there yet: return text."
+            )
+        try:
+            return Outcome(name, _encodable(str(returned)))
+        except Exception as error:  # noqa: BLE001  an object that cannot be written is a call that failed
+            return self._failed(name, error)
 
     def _failed(self, name: str, error: Exception, kind: str | None = None) -> Outcome:
         if (kind or name) not in self._reported:
@@ -223,15 +240,6 @@ def _schema(function: Any) -> dict[str, Any]:
             f"tools: the model cannot be told how to call {function.__name__!r} ({error}). Give it type hints and a "
             "docstring in Google's style, with a description and an entry under Args for each argument."
         ) from error
-
-
-def _text(name: str, returned: Any) -> str:
-    blocks = returned if isinstance(returned, list) else []
-    if any(isinstance(block, dict) and block.get("type") in ("image", "text", "video", "audio") for block in blocks):
-        raise NotImplementedError(
-            f"the tool {name!r} returned blocks of content, such as images, which are not there yet: return text."
-        )
-    return _encodable(str(returned))
 
 
 def _encodable(text: str) -> str:
