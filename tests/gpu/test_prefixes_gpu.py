@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from slipstream.generation.colocate import ColocateEngine
 from slipstream.generation.engine import Request, Sampling
-from slipstream.vllm_compat import process
+from slipstream.vllm_compat import process, steady_model
 from slipstream.weights.export import named_tensors
 
 pytestmark = pytest.mark.gpu
@@ -62,7 +62,9 @@ def made(tmp_path_factory):
     )  # fmt: skip
     try:
         engine.update_weights(0, named_tensors(model))
-        yield model, engine, process.worker_of(engine._llm).model_runner.execute_model.__self__
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(steady_model, "WORTH", 1)  # so small a model has nothing to gain
+            yield model, engine, process.worker_of(engine._llm).model_runner.execute_model.__self__
     finally:
         engine.close()
 

@@ -170,6 +170,16 @@ def test_graphs_are_recorded_before_the_first_completions(monkeypatch):
     steady._groups(step)
     assert steady._run(step, SimpleNamespace(num_tokens=8)) == 4
     assert own == [8]  # those that the last sequences will need
+    monkeypatch.setattr(steady.shared, "pays", lambda saved: False)
+    assert steady._run(step, SimpleNamespace(num_tokens=8)) == 8
+    assert steady.shared.asked == [3, 3]
+
+
+def test_few_tokens_are_not_worth_it():
+    model = object.__new__(steady_model.SharedModel)
+    model.bytes = 1024
+    assert not model.pays(19_531)
+    assert model.pays(19_532)
 
 
 def test_recording_that_was_broken_off_begins_again():
@@ -224,6 +234,9 @@ class Shared:
 
     def __init__(self):
         self.asked = []
+
+    def pays(self, saved):
+        return saved >= 128
 
     def graph(self, count):
         self.asked.append(count)

@@ -155,7 +155,7 @@ class SteadyRunner:
         self.total += count
         # All graphs are recorded now, whichever this step takes: see `Graphs` on recording later.
         before = self.graphs.before(description.num_tokens)
-        found = shared.graph(count) if shared is not None and self.saved else None
+        found = shared.graph(count) if shared is not None and shared.pays(self.saved) else None
         if found is not None and self.saved > SAVED * self.total:
             padded, graph = found
             graph.replay()
