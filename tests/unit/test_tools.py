@@ -186,6 +186,15 @@ def test_what_is_no_error_goes_through(kind):
             run(Toolbox([function]), call(function.__name__))
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C interrupts, as it does where nobody has started the tests in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_does_not_wait_for_async_tools():
     ended = []
 
