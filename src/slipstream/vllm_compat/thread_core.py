@@ -47,6 +47,7 @@ class ThreadCore(EngineCoreProc):
         self.last_counts = (0, 0)
         self.process_input_queue_block = True
         self.enable_fault_tolerance = False
+        self.reject_new_requests = False  # since 0.33
 
         def executor_failed() -> None:
             self.input_queue.put_nowait((EngineCoreRequestType.EXECUTOR_FAILED, b""))
