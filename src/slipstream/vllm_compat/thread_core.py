@@ -98,7 +98,8 @@ class ThreadClient(AsyncMPClient):
                 f"the engine has not started within {envs.VLLM_ENGINE_READY_TIMEOUT_S} s; set "
                 "VLLM_ENGINE_READY_TIMEOUT_S to wait longer"
             ) from None
-        self._start_mm_warmup()
+        if hasattr(self, "_start_mm_warmup"):  # since 0.30
+            self._start_mm_warmup()
 
     def shutdown(self, timeout: float | None = None) -> None:
         """End the thread; requests that still run are dropped."""
