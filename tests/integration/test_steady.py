@@ -9,7 +9,7 @@ import pytest
 
 from slipstream.generation.colocate import ColocateEngine
 from slipstream.generation.engine import Request, Sampling
-from slipstream.vllm_compat import process, steady, steady_batch
+from slipstream.vllm_compat import load, process, steady, steady_batch
 from slipstream.weights.export import named_tensors
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -126,12 +126,15 @@ def test_what_vllm_keeps_of_a_sequence_is_as_it_would_be(both, monkeypatch):
     assert len(calls) > 100
 
 
-def test_an_unknown_version_or_scheduler_is_left_alone(both, monkeypatch):
+def test_an_unknown_version_or_way_of_scheduling_is_left_alone(both, monkeypatch):
     engine, _ = both
     core = engine._llm.llm_engine.engine_core.engine_core
     before = core.scheduler.schedule
     with monkeypatch.context() as patch:
         patch.setenv("SLIPSTREAM_STEADY_DECODE", "0")
         assert steady.install(core, "0.32.0") == "SLIPSTREAM_STEADY_DECODE=0 says so"
-    assert steady.install(core, "0.33.0") == "vLLM 0.33.0 was not tried"
+    with monkeypatch.context() as patch:
+        patch.setattr(core.scheduler.scheduler_config, "prefill_schedule_interval", 2)
+        assert "prefill_schedule_interval" in steady.install(core, load().__version__)
+    assert steady.install(core, "0.34.0") == "vLLM 0.34.0 was not tried"
     assert core.scheduler.schedule == before

@@ -21,6 +21,7 @@ from slipstream.vllm_compat import load, steady, steady_prefixes
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 BLOCK, LONGEST = 16, 192
+METADATA = "what the encoder cache's manager has to say in every step"
 
 
 def token(name, position):
@@ -63,6 +64,7 @@ class Runner:
             sequence = self.sequences[name]
             assert (computed, outputs) == (sequence.computed, len(sequence.tokens) - sequence.prompt)
             sequence.blocks += blocks[0] if blocks is not None else []
+        assert getattr(step, "ec_manager_metadata", METADATA) == METADATA  # 0.26 has none
         names = list(step.num_scheduled_tokens)
         self._read_together(names, getattr(step, "slipstream_prefixes", None))
         sampled = [self._compute(name, count) for name, count in step.num_scheduled_tokens.items()]
@@ -125,6 +127,7 @@ def scheduler_of(path, *, asynchronous, blocks, caching):
         kv_cache_config=KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], layers)]),
     )  # fmt: skip
     scheduler.use_v2_model_runner = True
+    scheduler.encoder_cache_manager.get_manager_metadata = lambda: METADATA
     core = SimpleNamespace(scheduler=scheduler, model_executor=None)
     assert steady.install(core, load().__version__) is None
     scheduler.schedule.__self__.prefixes = True

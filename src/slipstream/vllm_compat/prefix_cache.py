@@ -2,7 +2,7 @@
 
 To vLLM's engine core, `n` completions of a prompt are `n` requests that come one after the other, and it hashes the
 prompt's blocks for each. A request with the tokens of the one before takes what that one got: 2 ms instead of 15 for 16
-prompts of 1000 tokens and 8 completions each, which a GPU waits for. Known for vLLM 0.26 and 0.32.
+prompts of 1000 tokens and 8 completions each, which a GPU waits for. Known for vLLM 0.26 to 0.33.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-VERSIONS = ("0.26.", "0.32.")
+VERSIONS = ("0.26.", "0.27.", "0.28.", "0.29.", "0.30.", "0.31.", "0.32.", "0.33.")
 """vLLM's versions that were read, and are tested, for what goes into a hash."""
 
 _HASHER = ("vllm.v1.core.kv_cache_utils", "get_request_block_hasher.<locals>.request_block_hasher")

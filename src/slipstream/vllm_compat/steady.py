@@ -11,7 +11,7 @@ Nobody is told of the tokens before a sequence ends, so only requests that want 
 What they sample is not added to the prefix cache: hashing it takes longer than scheduling does.
 Whoever has to know how many there are asks `tokens_so_far`.
 On a GPU with CUDA graphs, what sequences begin with is read once for all of them in these steps (`steady_prefixes`).
-Known for vLLM 0.26 and 0.32; in front of another scheduler or engine, and with SLIPSTREAM_STEADY_DECODE=0 in the
+Known for vLLM 0.26 to 0.33; in front of another scheduler or engine, and with SLIPSTREAM_STEADY_DECODE=0 in the
 environment, `install` leaves everything as it is.
 """
 
@@ -32,7 +32,7 @@ from slipstream.vllm_compat.steady_runner import SteadyRunner
 
 logger = logging.getLogger(__name__)
 
-VERSIONS = ("0.26.", "0.32.")
+VERSIONS = ("0.26.", "0.27.", "0.28.", "0.29.", "0.30.", "0.31.", "0.32.", "0.33.")
 """vLLM's versions whose scheduler was read, and is tested, for what is skipped here."""
 
 SHARE = "SLIPSTREAM_SHARED_DECODE"
@@ -72,6 +72,8 @@ def _obstacle(scheduler: Any, version: str) -> str | None:
         return "it decodes speculatively, in a pipeline, with an encoder, or with statistics"
     if getattr(scheduler, "return_sampling_mask", False):
         return "each token's sampling mask is asked for"
+    if scheduler.scheduler_config.prefill_schedule_interval > 1:
+        return "prompts are read in some steps only (prefill_schedule_interval), and vLLM's scheduler counts them"
     if getattr(scheduler, "enable_return_routed_experts", False) or scheduler.need_mamba_block_aligned_split:
         return "its model keeps more than keys and values"
     groups = scheduler.kv_cache_config.kv_cache_groups

@@ -172,6 +172,8 @@ class Batch:
         output.preempted_req_ids = self.scheduler.reset_preempted_req_ids
         output.new_block_ids_to_zero = self.scheduler._get_new_block_ids_to_zero()
         output.free_encoder_mm_hashes = self.scheduler.encoder_cache_manager.get_freed_mm_hashes()
+        if hasattr(output, "ec_manager_metadata"):  # since 0.27
+            output.ec_manager_metadata = self.scheduler.encoder_cache_manager.get_manager_metadata()
         if hasattr(output, "num_common_prefix_blocks"):
             output.num_common_prefix_blocks = [0]  # a hint; the batch has many prompts
         if self.active_prefixes is not None:

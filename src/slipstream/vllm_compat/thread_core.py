@@ -47,6 +47,7 @@ class ThreadCore(EngineCoreProc):
         self.last_counts = (0, 0)
         self.process_input_queue_block = True
         self.enable_fault_tolerance = False
+        self.reject_new_requests = False  # since 0.33
 
         def executor_failed() -> None:
             self.input_queue.put_nowait((EngineCoreRequestType.EXECUTOR_FAILED, b""))
@@ -97,7 +98,8 @@ class ThreadClient(AsyncMPClient):
                 f"the engine has not started within {envs.VLLM_ENGINE_READY_TIMEOUT_S} s; set "
                 "VLLM_ENGINE_READY_TIMEOUT_S to wait longer"
             ) from None
-        self._start_mm_warmup()
+        if hasattr(self, "_start_mm_warmup"):  # since 0.30
+            self._start_mm_warmup()
 
     def shutdown(self, timeout: float | None = None) -> None:
         """End the thread; requests that still run are dropped."""
