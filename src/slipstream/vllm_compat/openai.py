@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +35,6 @@ def _app(engine: Any) -> Any:
     from vllm.entrypoints.openai.models import api_router as models
     from vllm.entrypoints.openai.models.protocol import BaseModelPath
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
     from vllm.renderers.online_renderer import OnlineRenderer
 
     config = engine.model_config
@@ -53,10 +54,40 @@ def _app(engine: Any) -> Any:
     made.state.engine_client = engine
     made.state.args = SimpleNamespace(log_error_stack=False, sse_keep_alive_interval=0)
     made.state.server = SimpleNamespace(should_exit=False)
-    init_exception_handler(made)
+    _handle_errors(made)
     for module in (models, completion, chat):
         made.include_router(module.router)
     return made
+
+
+def _handle_errors(made: Any) -> None:
+    """Let errors be answered as vLLM's own server answers them."""
+    if find_spec("vllm.entrypoints.serve.exception_handling") is not None:
+        from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+
+        init_exception_handler(made)
+        return
+    # vLLM 0.26 and 0.27 have the handlers, and register them where they make the app.
+    from fastapi import HTTPException
+    from fastapi.exceptions import RequestValidationError
+
+    handlers = importlib.import_module("vllm.entrypoints.serve.utils.server_utils")
+    made.exception_handler(HTTPException)(handlers.http_exception_handler)
+    made.exception_handler(RequestValidationError)(handlers.validation_exception_handler)
+    made.exception_handler(Exception)(handlers.exception_handler)
+    for kind in (ValueError, TypeError, OverflowError, NotImplementedError):
+        made.exception_handler(kind)(handlers.exception_handler)
+    if hasattr(handlers, "vllm_error_handler"):  # 0.27
+        made.exception_handler(importlib.import_module("vllm.exceptions").VLLMError)(handlers.vllm_error_handler)
+        return
+    exceptions = importlib.import_module("vllm.v1.engine.exceptions")
+    for kind in (exceptions.EngineGenerateError, exceptions.EngineDeadError):
+        made.exception_handler(kind)(handlers.engine_error_handler)
+    protocol = importlib.import_module("vllm.entrypoints.openai.engine.protocol")
+    made.exception_handler(protocol.GenerationError)(handlers.generation_error_handler)
+    known = importlib.import_module("vllm.exceptions")
+    for name in ("VLLMValidationError", "VLLMUnprocessableEntityError", "VLLMNotFoundError"):
+        made.exception_handler(getattr(known, name))(handlers.exception_handler)
 
 
 class _Missing:
