@@ -94,10 +94,8 @@ class PromptRenderer:
                 )
             ids = self.tokenizer(prompt)["input_ids"]
         elif is_conversational(prompt):
-            options = self._ending(prompt) | ({"tools": tools} if tools else {})
-            if self._template is not None:
-                options.setdefault("chat_template", self._template)
-            else:
+            options = self._template | self._ending(prompt) | ({"tools": tools} if tools else {})
+            if not self._template:
                 self._check_template(self.tokenizer, where)
             messages = self._as_written(prompt, where)
             ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
@@ -115,18 +113,17 @@ class PromptRenderer:
         return {"add_generation_prompt": not continues, "continue_final_message": continues, **self.template_kwargs}
 
     @cached_property
-    def _template(self) -> str | None:
+    def _template(self) -> dict[str, Any]:
         """The processor's template, where the tokenizer has none: that is how older models are saved."""
         if getattr(self.tokenizer, "chat_template", None) is not None:
-            return None
-        return getattr(self.processor, "chat_template", None)
+            return {}
+        template = getattr(self.processor, "chat_template", None)
+        return {} if template is None else {"chat_template": template}
 
     @cached_property
     def _reads_strings(self) -> bool:
         """Whether the template shows a content that is a string; those of some vision-language models pass over it."""
-        probe, options = "Slipstream", self.template_kwargs
-        if self._template is not None:
-            options = {"chat_template": self._template} | options
+        probe, options = "Slipstream", self._template | self.template_kwargs
         try:
             shown = self.tokenizer.apply_chat_template([{"role": "user", "content": probe}], tokenize=False, **options)
         except Exception:  # noqa: BLE001 - whatever a template refuses: the prompt itself will say so, if it is refused

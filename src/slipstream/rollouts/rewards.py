@@ -221,9 +221,9 @@ def _own(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
     Completions of a prompt have the same prompt object. What columns hold is not copied: it may be large.
     """
-    own = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
-    for name in set(IMAGES) & own.keys() - _parameters(function):
-        del own[name]
+    left_out = [name for name in IMAGES if name in arguments and name not in _parameters(function)]
+    given = {name: value for name, value in arguments.items() if name not in left_out}
+    own = {name: list(value) if isinstance(value, list) else value for name, value in given.items()}
     copies = {name: [copy.deepcopy(one) for one in own[name]] for name in ("prompts", "completions")}
     return own | copies | {"completion_ids": [list(ids) for ids in own["completion_ids"]]}
 

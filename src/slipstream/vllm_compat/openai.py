@@ -77,17 +77,16 @@ def _handle_errors(made: Any) -> None:
     made.exception_handler(Exception)(handlers.exception_handler)
     for kind in (ValueError, TypeError, OverflowError, NotImplementedError):
         made.exception_handler(kind)(handlers.exception_handler)
+    known = importlib.import_module("vllm.exceptions")
     if hasattr(handlers, "vllm_error_handler"):  # 0.27
-        made.exception_handler(importlib.import_module("vllm.exceptions").VLLMError)(handlers.vllm_error_handler)
+        made.exception_handler(known.VLLMError)(handlers.vllm_error_handler)
         return
+    made.exception_handler(known.VLLMNotFoundError)(handlers.exception_handler)  # its others are ValueErrors
     exceptions = importlib.import_module("vllm.v1.engine.exceptions")
     for kind in (exceptions.EngineGenerateError, exceptions.EngineDeadError):
         made.exception_handler(kind)(handlers.engine_error_handler)
     protocol = importlib.import_module("vllm.entrypoints.openai.engine.protocol")
     made.exception_handler(protocol.GenerationError)(handlers.generation_error_handler)
-    known = importlib.import_module("vllm.exceptions")
-    for name in ("VLLMValidationError", "VLLMUnprocessableEntityError", "VLLMNotFoundError"):
-        made.exception_handler(getattr(known, name))(handlers.exception_handler)
 
 
 class _Missing:

@@ -17,9 +17,6 @@ import numpy as np
 LEAST = 128
 """Tokens that sequences must have in common."""
 
-SAVED = 0.2
-"""Share of a step's keys and values that need not be read again, from which reading them once is quicker."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Prefixes:

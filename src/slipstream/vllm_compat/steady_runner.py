@@ -25,8 +25,7 @@ from torch import Tensor
 
 from slipstream.vllm_compat.sampled_logprobs import MODE, Recorder
 from slipstream.vllm_compat.steady_graphs import Graphs, Wanted, gpu, only_decodes
-from slipstream.vllm_compat.steady_model import SharedModel, obstacle
-from slipstream.vllm_compat.steady_prefixes import SAVED
+from slipstream.vllm_compat.steady_model import SAVED, SharedModel, obstacle
 
 logger = logging.getLogger(__name__)
 
@@ -205,8 +204,8 @@ class SteadyRunner:
         prefixes, self.saved = getattr(step, "slipstream_prefixes", None), 0
         if self.shared is not None and prefixes is not None:
             groups, self.saved = prefixes.read(self.shared.most)
-            self.total = sum(step.scheduled_cached_reqs.num_computed_tokens)
             if self.saved:
+                self.total = sum(step.scheduled_cached_reqs.num_computed_tokens)
                 padded = np.pad(groups, ((0, 0), (0, self.shared.groups.shape[1] - groups.shape[1])))
                 gpu("buffer_utils", "async_copy_to_gpu")(padded, out=self.shared.groups)
 
