@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from launching import found_first
 
 FOLDER = Path(__file__).parents[1] / ".triton"
 """Where `make test-kernels` puts Triton, which nothing else is to find."""
@@ -22,8 +23,7 @@ def needs_triton(test):
 
 def check(script: str) -> None:
     """Run Python code that prints "all equal" when it is done."""
-    paths = [str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": found_first(FOLDER)}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert "all equal" in done.stdout, done.stderr[-3000:]

@@ -33,3 +33,8 @@ def finish(*runs: subprocess.Popen[str]) -> None:
     finally:
         for run in runs:
             run.kill()
+
+
+def found_first(folder: Any) -> str:
+    """A PYTHONPATH on which a folder comes before what the environment has."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-from launching import finish, start
+from launching import finish, found_first, start
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "run_images.py"
@@ -16,7 +15,7 @@ METRICS = ("loss", "reward", "kl", "eval_reward", "eval_loss", "num_tokens")
 
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_does(tiny_vision_model, tmp_path):
-    path = os.pathsep.join([str(SCRIPT.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = found_first(SCRIPT.parents[1])
     runs = [
         start(SCRIPT, tiny_vision_model, tmp_path / str(ranks), 16 // ranks, ranks=ranks, PYTHONPATH=path)
         for ranks in (1, 2)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import asking
 import pytest
 import tiny
 import torch
@@ -69,9 +72,7 @@ def made(tmp_path_factory):
         engine.close()
 
 
-def ask(engine, sampling):
-    requests = [Request(prompt, n=8, seed=100 * i) for i, prompt in enumerate(PROMPTS)]
-    return [(c.ids, c.logprobs, c.finish_reason) for group in engine.generate(requests, sampling) for c in group]
+ask = functools.partial(asking.ask, PROMPTS)
 
 
 def errors(model, answers, temperature=1.0):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
+import asking
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
 from slipstream.generation.colocate import ColocateEngine
-from slipstream.generation.engine import Request, Sampling
+from slipstream.generation.engine import Sampling
 from slipstream.vllm_compat import process, steady_batch
 from slipstream.weights.export import named_tensors
 
@@ -23,9 +26,7 @@ CASES = {
 }
 
 
-def ask(engine, sampling):
-    requests = [Request(prompt, n=8, seed=100 * i) for i, prompt in enumerate(PROMPTS)]
-    return [(c.ids, c.logprobs, c.finish_reason) for group in engine.generate(requests, sampling) for c in group]
+ask = functools.partial(asking.ask, PROMPTS)
 
 
 # 256 blocks of 16 tokens are too few for 64 sequences of up to 128 tokens.

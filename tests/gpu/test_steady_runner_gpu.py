@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
+import asking
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
 from slipstream.generation.colocate import ColocateEngine
-from slipstream.generation.engine import Request, Sampling
+from slipstream.generation.engine import Sampling
 from slipstream.vllm_compat import process, steady_batch
 from slipstream.vllm_compat.steady_runner import SteadyRunner
 from slipstream.weights.export import named_tensors
@@ -43,9 +46,7 @@ def started(path, **options):
     return model, engine, getattr(process.worker_of(engine._llm).model_runner.execute_model, "__self__", None)
 
 
-def ask(engine, sampling):
-    requests = [Request(prompt, n=8, seed=100 * i) for i, prompt in enumerate(PROMPTS)]
-    return [(c.ids, c.logprobs, c.finish_reason) for group in engine.generate(requests, sampling) for c in group]
+ask = functools.partial(asking.ask, PROMPTS)
 
 
 def check_scores(model, answers, temperature=1.0):

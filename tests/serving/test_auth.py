@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 import servers
+from signals import handled
 
 from slipstream.serving import auth
 from slipstream.serving.app import Server, make_app
@@ -123,9 +124,8 @@ def test_a_key_is_made_and_kept_for_its_user_alone(tiny_model, tmp_path, monkeyp
 @pytest.fixture
 def hangups():
     """Processes started here notice that a terminal is closed, also where the tests run under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
+    with handled(signal.SIGHUP, signal.SIG_DFL):
+        yield
 
 
 @pytest.mark.usefixtures("hangups")

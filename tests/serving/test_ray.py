@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+from launching import found_first
 from serving.servers import start_server, until
 from serving.two_workers import PROMPTS, changed, errors, named
 
@@ -97,8 +98,7 @@ def environment(tmp_path_factory):
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ray-on-cpu\nVersion: 0\n")
     (about / "entry_points.txt").write_text("[vllm.platform_plugins]\nray_on_cpu = ray_on_cpu:platform\n")
-    path = os.pathsep.join(filter(None, [str(plugin), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": found_first(plugin)}
 
 
 @pytest.fixture(scope="module")

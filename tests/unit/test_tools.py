@@ -9,6 +9,7 @@ import threading
 
 import pytest
 from calling import ADD, add
+from signals import handled
 
 from slipstream.rollouts.event_loop import EventLoop
 from slipstream.rollouts.tools import Outcome, Toolbox
@@ -189,9 +190,8 @@ def test_what_is_no_error_goes_through(kind):
 @pytest.fixture
 def ctrl_c():
     """Ctrl-C interrupts, as it does where nobody has started the tests in the background of a script."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    with handled(signal.SIGINT, signal.default_int_handler):
+        yield
 
 
 @pytest.mark.usefixtures("ctrl_c")
